@@ -1,0 +1,1 @@
+"""brainfm: brain foundation models on BIDS datasets. See README.md for the house and its rooms."""

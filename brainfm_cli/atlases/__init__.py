@@ -1,0 +1,1 @@
+"""The only place where an atlas is named: one JSON each."""

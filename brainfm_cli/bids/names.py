@@ -1,0 +1,147 @@
+"""One table of every output name; parse and format BIDS names. Nothing here touches the disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from brainfm_cli.errors import InputDatasetError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# Order of BIDS 1.11 for the entities we read and write (derivative entities last).
+ENTITY_ORDER = (
+    "tpl", "sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo", "part", "hemi", "from", "to", "mode",
+    "space", "cohort", "atlas", "seg", "scale", "res", "den", "label", "stat", "feature", "measure", "meas", "desc",
+)  # fmt: skip
+
+_LABEL = re.compile(r"[A-Za-z0-9+]+")
+_PAIR = re.compile(r"([a-z]+)-([A-Za-z0-9+]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputName:
+    """One kind of file that brainfm writes."""
+
+    suffix: str
+    """BIDS suffix."""
+    extension: str
+    """With its dot."""
+    folder: str
+    """func, anat, or empty for the dataset root."""
+    meaning: str
+    """One line for docs/outputs.md."""
+    entities: tuple[tuple[str, str], ...] = ()
+    """Fixed entities of this kind."""
+
+
+OUTPUTS: dict[str, OutputName] = {
+    "preproc_bold": OutputName("bold", ".nii.gz", "func", "preprocessed BOLD series", (("desc", "preproc"),)),
+    "brain_mask": OutputName("mask", ".nii.gz", "func", "brain mask on the BOLD grid", (("desc", "brain"),)),
+    "confounds": OutputName("timeseries", ".tsv", "func", "confounds table, fMRIPrep's columns", (("desc", "confounds"),)),
+    "timeseries": OutputName("timeseries", ".tsv", "func", "region series: one row per kept frame, one column per region", (("stat", "mean"),)),
+    "pearson": OutputName("relmat", ".tsv", "func", "Pearson correlation between regions", (("stat", "pearsoncorrelation"),)),
+    "fisherz": OutputName("relmat", ".tsv", "func", "Fisher z of the Pearson correlation", (("stat", "fisherz"),)),
+    "partial": OutputName("relmat", ".tsv", "func", "partial correlation between regions", (("stat", "partialcorrelation"),)),
+    "coverage": OutputName("bold", ".tsv", "func", "share of each region inside the brain mask", (("stat", "coverage"),)),
+    "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
+    "embedding": OutputName("embedding", ".tsv", "func", "what a model's encoder makes of one run", (("desc", "brainfm"),)),
+}  # fmt: skip
+
+BIDSIGNORE = """\
+*.html
+figures
+log
+models
+checkpoints
+config.yaml
+provenance.json
+*_xfm.*
+*_boldref.*
+*_timeseries.*
+*_relmat.*
+*_stat-coverage_bold.*
+*_embedding.*
+*_caption.*
+*_prediction.*
+*_statmap.*
+*_trials.tsv
+cohort
+metrics.json
+truth.json
+split.tsv
+"""
+
+
+def format_name(entities: Mapping[str, str], suffix: str, extension: str) -> str:
+    """A file name with its entities in BIDS order.
+
+    Raises
+    ------
+    InputDatasetError
+        An entity is unknown, or a label holds other characters than letters, digits and ``+``.
+    """
+    unknown = [key for key in entities if key not in ENTITY_ORDER]
+    if unknown:
+        raise InputDatasetError(f"unknown BIDS entity '{unknown[0]}'", fix="use the entities of BIDS 1.11")
+    parts = []
+    for key in ENTITY_ORDER:
+        if key in entities:
+            parts.append(f"{key}-{check_label(entities[key], key)}")
+    return "_".join([*parts, suffix]) + extension
+
+
+def output_name(kind: str, entities: Mapping[str, str]) -> str:
+    """File name of one kind of output, e.g. ``output_name("timeseries", {...})``."""
+    output = OUTPUTS[kind]
+    return format_name({**entities, **dict(output.entities)}, output.suffix, output.extension)
+
+
+def parse_name(name: str) -> tuple[dict[str, str], str, str]:
+    """Entities, suffix and extension of a file name; entities that are not ``key-label`` are dropped."""
+    stem, dot, extension = name.partition(".")
+    *pairs, suffix = stem.split("_")
+    entities = {match[1]: match[2] for pair in pairs if (match := _PAIR.fullmatch(pair))}
+    return entities, suffix, dot + extension
+
+
+def check_label(label: str, entity: str) -> str:
+    """The label itself, once it is known to be safe in a path."""
+    if not _LABEL.fullmatch(label):
+        raise InputDatasetError(
+            f"'{label}' is no BIDS label for '{entity}-'", fix="labels hold letters, digits and '+' only"
+        )
+    return label
+
+
+def strip_prefix(labels: Iterable[str], entity: str) -> tuple[str, ...]:
+    """Labels with or without ``sub-`` (``ses-``, ``task-``), without it, safe in paths.
+
+    Raises
+    ------
+    UsageError
+        A label holds characters that BIDS does not allow.
+    """
+    clean = tuple(dict.fromkeys(label.removeprefix(f"{entity}-") for label in labels))
+    for label in clean:
+        if not _LABEL.fullmatch(label):
+            raise UsageError(f"'{label}' is no BIDS label", fix=f"write {entity}-01 or 01, letters and digits only")
+    return clean
+
+
+def atlas_entities(label: str) -> dict[str, str]:
+    """Entities of an atlas label in entity form: ``Schaefer2018_seg-7n_scale-100`` → atlas, seg, scale."""
+    entities, suffix, _ = parse_name(f"atlas-{label}_x")
+    if suffix != "x" or "atlas" not in entities or f"atlas-{label}" != "_".join(f"{k}-{v}" for k, v in entities.items()):
+        raise InputDatasetError(f"'{label}' is no atlas label", fix="write it like Schaefer2018_seg-7n_scale-100")
+    return entities
+
+
+def atlas_label(entities: Mapping[str, str]) -> str | None:
+    """The atlas label in entity form; none where the name carries no atlas."""
+    if "atlas" not in entities:
+        return None
+    tail = "".join(f"_{key}-{entities[key]}" for key in ("seg", "scale") if key in entities)
+    return entities["atlas"] + tail

@@ -1,0 +1,1 @@
+"""Voxels to numbers. No torch."""

@@ -1,0 +1,1 @@
+"""Thin assemblies: choose parts, wire losses. Systems never import one another."""
