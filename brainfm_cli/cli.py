@@ -104,12 +104,18 @@ def command(
 
     With ``levels`` the command has the BIDS-app positionals; otherwise ``positionals`` (or only OUTPUT_DIR).
     """
-    places = {"input_dir": InputDir, "output_dir": OutputDir, "level": LevelArgument} if levels else positionals or {"output_dir": OutputDir}
+    places = (
+        {"input_dir": InputDir, "output_dir": OutputDir, "level": LevelArgument} if levels else positionals or {"output_dir": OutputDir}
+    )
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(function)
         def run(**values: Any) -> None:  # noqa: ANN401
-            extra = {key: values.pop(key) for key in [*places, "json", "verify"] if key in values and key not in ("input_dir", "output_dir", "level")}
+            extra = {
+                key: values.pop(key)
+                for key in [*places, "json", "verify"]
+                if key in values and key not in ("input_dir", "output_dir", "level")
+            }
             raise typer.Exit(_guarded(lambda: function(_invocation(name, levels, values), **extra), verbose=values.get("verbose", 0)))
 
         parameters = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for key, kind in places.items()]
@@ -134,7 +140,11 @@ def simulate(call: Invocation) -> int:
     return simulate(call, SimulateSettings.read(call.config, call.overrides))
 
 
-@command("parcellate", levels=("participant", "group"), options=("atlases", "denoise_strategy", "min_coverage", *SELECT, *SETTINGS, "reports_only", *RUN))
+@command(
+    "parcellate",
+    levels=("participant", "group"),
+    options=("atlases", "denoise_strategy", "min_coverage", *SELECT, *SETTINGS, "reports_only", *RUN),
+)
 def parcellate(call: Invocation) -> int:
     """Turn preprocessed runs into region series and connectivity, all atlases in one pass; group packs the cohort."""
     from brainfm_cli.stages.parcellate import ParcellateSettings, parcellate
@@ -248,7 +258,9 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
         value = values.get(flag)
         if value not in (None, [], ()):
             overrides.append(f"{setting}=[{', '.join(value)}]" if isinstance(value, list | tuple) else f"{setting}={value}")
-    flags = {key: values[key] for key in RUN if key in values and key != "dry_run"} | {key: values[key] for key in ("device",) if key in values}
+    flags = {key: values[key] for key in RUN if key in values and key != "dry_run"} | {
+        key: values[key] for key in ("device",) if key in values
+    }
     config = values.get("config")
     output_dir = values.get("output_dir", Path())
     return Invocation(

@@ -191,16 +191,12 @@ def classify(error: BaseException) -> BrainFMError:
     if isinstance(error, OSError):
         where = error.filename if isinstance(error.filename, str) else None
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return DiskFullError(
-                "disk, quota or inodes full", where=where, fix="free space or inodes, then run the same command again"
-            )
+            return DiskFullError("disk, quota or inodes full", where=where, fix="free space or inodes, then run the same command again")
         if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
             return OutputError("no permission to write or read", where=where, fix="check the path's permissions")
         if error.errno == errno.ENOMEM:
             return OutOfMemoryError("out of memory", fix="give the job more memory (--mem-mb)")
-    return InternalError(
-        f"{type(error).__name__}: {error}", fix="this is a bug in brainfm; please report the log with the traceback"
-    )
+    return InternalError(f"{type(error).__name__}: {error}", fix="this is a bug in brainfm; please report the log with the traceback")
 
 
 # The extra that brings an import name; what is not named here belongs to [all].
@@ -220,7 +216,7 @@ _EXTRA_OF_IMPORT = {
 
 def missing_package(import_name: str) -> MissingProgramError:
     """The error for an optional package that is not installed, with the line that installs it."""
-    extra = _EXTRA_OF_IMPORT.get(import_name.split(".")[0], "all")
+    extra = _EXTRA_OF_IMPORT.get(import_name.split(".", maxsplit=1)[0], "all")
     return MissingProgramError(
         f"the Python package '{import_name}' is not installed", fix=f"install it with: pip install 'brainfm-cli[{extra}]'"
     )

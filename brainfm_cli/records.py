@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003  (dataclass fields are read at run time by the docs generator)
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,9 +107,7 @@ class ParcellatedRun:
 
     def __post_init__(self) -> None:
         if self.series.ndim != 2 or self.coverage.shape != (self.series.shape[1],):
-            raise InputDatasetError(
-                f"series {self.series.shape} and coverage {self.coverage.shape} disagree", fix="report this as a bug"
-            )
+            raise InputDatasetError(f"series {self.series.shape} and coverage {self.coverage.shape} disagree", fix="report this as a bug")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

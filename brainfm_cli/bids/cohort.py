@@ -20,7 +20,7 @@ import secrets
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -122,10 +122,14 @@ class Cohort:
         path = self.root / f"atlas-{label}.npy"
         try:
             store = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputDatasetError(f"the series store is unreadable: {error}", where=path, fix="pack the cohort again") from error
         rows = self.index[self.index["atlas"] == label]
-        if store.ndim != 2 or store.shape[1] != len(self.atlases[label].regions.names) or int((rows["offset"] + rows["frames"]).max()) > store.shape[0]:
+        if (
+            store.ndim != 2
+            or store.shape[1] != len(self.atlases[label].regions.names)
+            or int((rows["offset"] + rows["frames"]).max()) > store.shape[0]
+        ):
             raise InputDatasetError("the series store does not fit its index", where=path, fix="pack the cohort again")  # fmt: skip
 
 
@@ -142,7 +146,7 @@ class CohortWriter:
     def __post_init__(self) -> None:
         self._temporary = self.root.parent / f".{self.root.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
-    def __enter__(self) -> CohortWriter:
+    def __enter__(self) -> Self:
         self.root.parent.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.parent.glob(f".{self.root.name}.*.part"):  # of a killed run
             shutil.rmtree(leftover, ignore_errors=True)
@@ -186,7 +190,9 @@ class CohortWriter:
             stream.flush()
             os.fsync(stream.fileno())
             _write_atlas(self._temporary, self._atlases[label])
-        table = participants.reset_index(names="participant_id") if participants.index.name != "participant_id" else participants.reset_index()
+        table = (
+            participants.reset_index(names="participant_id") if participants.index.name != "participant_id" else participants.reset_index()
+        )
         write_tsv(self._temporary / "participants.tsv", table)
         write_json(self._temporary / "participants.json", dict(descriptions or {}))
         index = pd.DataFrame(self._rows).reindex(columns=list(INDEX_COLUMNS))

@@ -116,9 +116,7 @@ class OutputDataset:
                 raise InputNotFoundError("the input folder does not exist", where=source, fix="check the path")
             if root.resolve() == source.resolve() and command != "simulate":
                 raise OutputError("output and input are the same folder", where=root, fix="choose another OUTPUT_DIR")
-        chained = digest_of(
-            [command, settings.digest(), [value for source in sources if (value := input_configuration_hash(source))]]
-        )
+        chained = digest_of([command, settings.digest(), [value for source in sources if (value := input_configuration_hash(source))]])
         description = _description(root, command, chained, sources, dataset_type)
         existing = root / "dataset_description.json"
         if existing.exists():
@@ -194,7 +192,9 @@ def _check_writable(root: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"the output folder cannot be written: {error.strerror}", where=root, fix="choose a writable OUTPUT_DIR") from error
+        raise OutputError(
+            f"the output folder cannot be written: {error.strerror}", where=root, fix="choose a writable OUTPUT_DIR"
+        ) from error
 
 
 def _citation(command: str) -> str:

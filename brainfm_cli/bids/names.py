@@ -86,10 +86,7 @@ def format_name(entities: Mapping[str, str], suffix: str, extension: str) -> str
     unknown = [key for key in entities if key not in ENTITY_ORDER]
     if unknown:
         raise InputDatasetError(f"unknown BIDS entity '{unknown[0]}'", fix="use the entities of BIDS 1.11")
-    parts = []
-    for key in ENTITY_ORDER:
-        if key in entities:
-            parts.append(f"{key}-{check_label(entities[key], key)}")
+    parts = [f"{key}-{check_label(entities[key], key)}" for key in ENTITY_ORDER if key in entities]
     return "_".join([*parts, suffix]) + extension
 
 
@@ -110,9 +107,7 @@ def parse_name(name: str) -> tuple[dict[str, str], str, str]:
 def check_label(label: str, entity: str) -> str:
     """The label itself, once it is known to be safe in a path."""
     if not _LABEL.fullmatch(label):
-        raise InputDatasetError(
-            f"'{label}' is no BIDS label for '{entity}-'", fix="labels hold letters, digits and '+' only"
-        )
+        raise InputDatasetError(f"'{label}' is no BIDS label for '{entity}-'", fix="labels hold letters, digits and '+' only")
     return label
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from brainfm_cli.errors import EXIT_OK, BrainFMError, OutOfMemoryError, classify, combined_exit_code
+from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, OutOfMemoryError, classify, combined_exit_code
 from brainfm_cli.provenance import (
     FailureRecord,
     FileStamp,
@@ -111,7 +111,7 @@ def do_unit(dataset: OutputDataset, unit: Unit) -> int:
         result = unit.work(**unit.arguments)
         record = UnitRecord(
             status="done",
-            inputs=stamps,
+            inputs=_hashed(unit, stamps),
             outputs=tuple(stamp_output(path, root=dataset.root) for path in sorted(result.outputs)),
             seed=result.seed,
             notes=result.notes,
@@ -120,7 +120,7 @@ def do_unit(dataset: OutputDataset, unit: Unit) -> int:
             **common,
         )
         dataset.write_record(record)
-    except Exception as error:  # the border where any error becomes a record; nothing is swallowed
+    except Exception as error:  # noqa: BLE001  (the border where any error becomes a record; nothing is swallowed)
         return _record_failure(dataset, unit, error, common, stamps, time.perf_counter() - clock)
     return EXIT_OK
 
@@ -167,9 +167,7 @@ def _record_failure(
     log.error("%s: %s", unit.name, known)
     if known.exit_code == 1:
         log.error("%s", "".join(traceback.format_exception(error)))
-    failure = FailureRecord(
-        failure_class=known.failure_class, exit_code=known.exit_code, message=f"{known.what}{where}", fix=known.fix
-    )
+    failure = FailureRecord(failure_class=known.failure_class, exit_code=known.exit_code, message=f"{known.what}{where}", fix=known.fix)
     record = UnitRecord(
         status="failed", inputs=stamps, failure=failure, seconds=round(seconds, 3), peak_memory_mb=peak_memory_mb(), **common
     )
@@ -195,3 +193,12 @@ def _state(dataset: OutputDataset, unit: Unit) -> str:
 
 def _stamps(unit: Unit) -> tuple[FileStamp, ...]:
     return tuple(stamp_input(path) for path in unit.inputs)
+
+
+def _hashed(unit: Unit, stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:
+    # Hashed after the work, while the files are still in the page cache.
+    hashed = tuple(stamp_input(path, contents=True) for path in unit.inputs)
+    for before, after in zip(stamps, hashed, strict=True):
+        if (before.size, before.mtime_ns) != (after.size, after.mtime_ns):
+            raise InputDatasetError("the file changed while it was being read", where=after.path, fix="run the same command again")
+    return hashed

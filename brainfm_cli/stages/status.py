@@ -1,0 +1,140 @@
+"""status: what is done, current, stale or failed, and why."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import EXIT_OK, InputNotFoundError
+from brainfm_cli.provenance import (
+    RECORDS_FOLDER,
+    FileStamp,
+    State,
+    UnitRecord,
+    file_sha256,
+    input_configuration_hash,
+    outputs_hold,
+    read_records,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_STYLE = {"current": "green", "stale": "yellow", "interrupted": "yellow", "failed": "red"}
+
+
+class UnitStatus(Frozen):
+    """One line of the table."""
+
+    folder: str
+    """Output folder, relative to the one asked about."""
+    command: str
+    """Command that wrote it."""
+    unit: str
+    """Name of the unit."""
+    state: State
+    """current, stale, failed or interrupted."""
+    reason: str
+    """Why it is not current; empty where it is."""
+    failure_class: str | None = None
+    """Class of the failure."""
+    fix: str | None = None
+    """What to do next."""
+    seconds: float
+    """Duration."""
+    peak_memory_mb: float
+    """Largest resident size."""
+
+
+def status(folder: Path, *, as_json: bool = False, verify: bool = False) -> int:
+    """Print the state of every unit in ``folder`` and the output folders inside it.
+
+    Raises
+    ------
+    InputNotFoundError
+        There is no completion record.
+    """
+    found = [line for root in _output_folders(folder) for line in _lines(root, folder, verify=verify)]
+    if not found:
+        raise InputNotFoundError("no completion records here", where=folder, fix="give an OUTPUT_DIR of a brainfm command")
+    if as_json:
+        counts = Counter(line.state for line in found)
+        text = json.dumps({"counts": dict(counts), "units": [line.model_dump() for line in found]}, indent=2)
+        sys.stdout.write(text + "\n")
+        return EXIT_OK
+    table = Table("folder", "command", "unit", "state", "seconds", "MB", "why, and what to do", box=None)
+    for line in found:
+        reason = f"{line.failure_class}: {line.reason} — {line.fix}" if line.failure_class else line.reason
+        state = f"[{_STYLE[line.state]}]{line.state}[/]"
+        table.add_row(
+            escape(line.folder), line.command, escape(line.unit), state, f"{line.seconds:.1f}", f"{line.peak_memory_mb:.0f}", escape(reason)
+        )
+    console = Console()
+    console.print(table)
+    console.print(", ".join(f"{count} {state}" for state, count in sorted(Counter(line.state for line in found).items())))
+    return EXIT_OK
+
+
+def _output_folders(folder: Path) -> list[Path]:
+    if (folder / RECORDS_FOLDER).is_dir():
+        return [folder]
+    if not folder.is_dir():
+        raise InputNotFoundError("the folder does not exist", where=folder, fix="check the path")
+    return sorted(child for child in folder.iterdir() if (child / RECORDS_FOLDER).is_dir())
+
+
+def _lines(root: Path, asked: Path, *, verify: bool) -> list[UnitStatus]:
+    configuration_hash = input_configuration_hash(root)
+    lines = []
+    for record in read_records(root):
+        state, reason = _judge(record, root, configuration_hash, verify=verify)
+        lines.append(
+            UnitStatus(
+                folder="." if root == asked else root.name,
+                command=record.command,
+                unit=record.unit,
+                state=state,
+                reason=reason,
+                failure_class=record.failure.failure_class if record.failure else None,
+                fix=record.failure.fix if record.failure else None,
+                seconds=record.seconds,
+                peak_memory_mb=record.peak_memory_mb,
+            )
+        )
+    return lines
+
+
+def _judge(record: UnitRecord, root: Path, configuration_hash: str | None, *, verify: bool) -> tuple[State, str]:
+    if record.failure is not None:
+        return "failed", record.failure.message
+    if record.status == "running":
+        return "interrupted", "started and not finished (or still running); the same command resumes"
+    if record.configuration_hash != configuration_hash:
+        return "stale", "made with other settings"
+    for stamp in record.inputs:
+        changed = _changed(stamp, root, verify=verify)
+        if changed:
+            return "stale", changed
+    if not outputs_hold(record, root, verify=verify):
+        return "stale", "an output is missing or differs from its record"
+    return "current", ""
+
+
+def _changed(stamp: FileStamp, root: Path, *, verify: bool) -> str:
+    path = root / stamp.path  # an absolute stamp path stays what it is
+    try:
+        info = path.stat()
+    except OSError:
+        return f"input is gone: {stamp.path}"
+    if (info.st_size, info.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+        return f"input changed: {stamp.path}"
+    if verify and stamp.sha256 is not None and file_sha256(path) != stamp.sha256:
+        return f"input contents changed: {stamp.path}"
+    return ""
