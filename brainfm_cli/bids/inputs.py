@@ -1,0 +1,324 @@
+"""Find what a derivative holds: its kind, its participants, and one participant's preprocessed runs.
+
+Participants are listed with one directory scan. The runs of one participant come from pybids on that participant's
+tree alone, in memory: never a shared database, and nothing is written into the input. Series that another program
+has already parcellated are found in :mod:`brainfm_cli.bids.series_inputs`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from brainfm_cli.bids.names import parse_name
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
+from brainfm_cli.records import RunFiles, RunKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from brainfm_cli.config import Selection
+
+Kind = Literal["images", "series", "cohort"]
+# Where several spaces exist and none is asked for, the first of these that a run has.
+SPACE_ORDER = ("MNI152NLin2009cAsym", "MNI152NLin6Asym", "MNI152NLin2009aSym", "MNI152NLin6Sym", "fsLR")
+_IMAGES = (".nii.gz", ".nii", ".dtseries.nii")
+_READ = re.compile(r"_(bold|mask|timeseries|regressors|coverage|motion|outliers)\.(nii|nii\.gz|dtseries\.nii|tsv|json)$")
+_LONG = {"subject": "sub", "session": "ses", "acquisition": "acq", "ceagent": "ce", "reconstruction": "rec", "direction": "dir", "segmentation": "seg"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset that parcellate may read, and what it holds."""
+
+    given: Path
+    """Folder as given by the user."""
+    root: Path
+    """Folder that holds the ``sub-`` folders (inside a HALFpipe working folder, its derivative)."""
+    kind: Kind
+    """images, series (already parcellated) or cohort (already packed)."""
+    producer: str
+    """Name of the first GeneratedBy entry, empty where none is stated."""
+    version: str
+    """Its version, empty where none is stated."""
+
+
+def open_source(dataset: Path) -> Source:
+    """What ``dataset`` holds.
+
+    Raises
+    ------
+    InputNotFoundError
+        The folder is absent, or holds neither preprocessed images, region series nor a packed cohort.
+    """
+    if not dataset.is_dir():
+        raise InputNotFoundError("the input folder does not exist", where=dataset, fix="check the path")
+    root = _root(dataset)
+    producer, version = _producer(root)
+    kind = _kind(root)
+    if kind is None and (dataset / "cohort" / "index.parquet").is_file():
+        kind = "cohort"
+    if kind is None:
+        raise InputNotFoundError(
+            "no preprocessed BOLD, region series or packed cohort here",
+            where=dataset,
+            fix="give a derivative of fMRIPrep, brainfm preprocess, HALFpipe, XCP-D or giga_connectome; raw BIDS is preprocessed first",
+        )
+    return Source(given=dataset, root=root, kind=kind, producer=producer, version=version)
+
+
+def list_participants(root: Path) -> list[str]:
+    """Labels of the ``sub-`` folders, sorted, from one directory scan."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name[4:] for entry in entries if entry.name.startswith("sub-") and entry.is_dir())
+
+
+def choose_participants(root: Path, selection: Selection) -> list[str]:
+    """The participants a run is about: those asked for, or everybody.
+
+    Raises
+    ------
+    InputNotFoundError
+        Somebody asked for is not in the dataset, or nobody is there at all.
+    """
+    present = list_participants(root)
+    if not present:
+        raise InputNotFoundError("the dataset has no participants", where=root, fix="it must hold sub-<label> folders")
+    absent = [label for label in selection.participant_label if label not in present]
+    if absent:
+        raise InputNotFoundError(
+            f"no data for participant {', '.join(absent[:5])}", where=root, fix="check --participant-label; labels are case-sensitive"
+        )
+    return list(selection.participant_label) or present
+
+
+def root_sidecars(root: Path) -> tuple[Path, ...]:
+    """JSON files at the root of a dataset whose metadata the runs below inherit."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(Path(entry.path) for entry in entries if entry.name.endswith(".json") and _READ.search(f"_{entry.name}")))
+
+
+def participant_files(root: Path, label: str, selection: Selection) -> tuple[Path, ...]:
+    """A participant's files that decide the results under this selection, sorted: images, tables and their JSONs."""
+    wanted = [path for path in walk_files(root / f"sub-{label}") if _READ.search(path.name) and in_selection(parse_name(path.name)[0], selection)]  # fmt: skip
+    return tuple(sorted(wanted))
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Files below ``folder`` except figures and hidden ones, in a stable order."""
+    for directory, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in {"figures", "log", "logs"} and not name.startswith("."))
+        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
+
+
+def in_selection(entities: Mapping[str, str], selection: Selection) -> bool:
+    """Whether a file belongs to the selected sessions and tasks; a file that carries neither entity does."""
+    session, task = entities.get("ses"), entities.get("task")
+    return (not selection.session_label or session is None or session in selection.session_label) and (
+        not selection.task_id or task is None or task in selection.task_id
+    )
+
+
+def read_filters(selection: Selection, query: str) -> dict[str, Any]:
+    """The filters of one query (``bold`` or ``timeseries``) of ``--bids-filter-file``; empty without the file.
+
+    Raises
+    ------
+    SettingsError
+        The file is not JSON of ``{"query": {"entity": value}}``.
+    """
+    path = selection.bids_filter_file
+    if path is None:
+        return {}
+    try:
+        queries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError("the filter file does not exist", where=path, fix="check --bids-filter-file") from error
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"the filter file is not readable JSON: {error}", where=path, fix="write it as for fMRIPrep") from error
+    if not isinstance(queries, dict) or not all(isinstance(value, dict) for value in queries.values()):
+        raise SettingsError("the filter file must map query names to filters", where=path, fix='e.g. {"bold": {"task": "rest"}}')
+    return dict(queries.get(query, {}))
+
+
+def matches_filters(entities: Mapping[str, str], filters: Mapping[str, Any]) -> bool:
+    """Whether a file's entities satisfy pybids-style filters: a value, a list of values, or null for an absent entity."""
+    for name, wanted in filters.items():
+        found = entities.get(_LONG.get(name, name))
+        allowed = wanted if isinstance(wanted, list) else [wanted]
+        if found not in [None if value is None else str(value) for value in allowed] and not (found is not None and wanted == "*"):
+            return False
+    return True
+
+
+def run_key(entities: Mapping[str, str]) -> RunKey:
+    """Which run a file belongs to."""
+    return RunKey(
+        participant=entities["sub"],
+        task=entities.get("task", ""),
+        session=entities.get("ses"),
+        acquisition=entities.get("acq"),
+        direction=entities.get("dir"),
+        run=entities.get("run"),
+    )
+
+
+def find_runs(
+    root: Path, label: str, selection: Selection, *, space: str | None = None, resolution: str | None = None
+) -> list[RunFiles]:
+    """The preprocessed runs of one participant in one space, sorted by name.
+
+    Parameters
+    ----------
+    space, resolution
+        Labels of ``space-`` and ``res-``. Without a space, each run's first of :data:`SPACE_ORDER`.
+
+    Raises
+    ------
+    InputNotFoundError
+        Nothing matches the selection, or no run exists in the space.
+    InputDatasetError
+        A run has two images, no brain mask, unreadable metadata or no repetition time.
+    """
+    layout = _layout(root, label)
+    runs: dict[RunKey, list[tuple[dict[str, str], Any]]] = {}
+    for file in _query(layout, label, selection):
+        entities = parse_name(Path(file.path).name)[0]
+        # Single echoes and phase images are by-products, not the preprocessed run.
+        if in_selection(entities, selection) and "echo" not in entities and entities.get("part") in (None, "mag"):
+            runs.setdefault(run_key(entities), []).append((entities, file))
+    if not runs:
+        raise InputNotFoundError(
+            f"sub-{label} has no preprocessed BOLD that matches the selection",
+            where=root / f"sub-{label}",
+            fix="check --session-label, --task-id and --bids-filter-file; files must be named …_space-<S>_desc-preproc_bold.nii.gz",
+        )
+    files = [(parse_name(Path(file.path).name), Path(file.path)) for file in layout.get(subject=label)]
+    ordered = sorted(runs.items(), key=lambda item: item[0].name)
+    return [_run_files(key, _choose(key, images, space, resolution), files) for key, images in ordered]
+
+
+def _layout(root: Path, label: str) -> Any:  # noqa: ANN401  (pybids has no types)
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    mine = rf"sub-{re.escape(label)}(/|$)"
+    # Everybody else's files and every other folder of the root are never entered or parsed.
+    ignored = [rf"^/sub-(?!{mine[4:]})", rf"^/(?!{mine})[^/.]+(/|$)", r"^/\.", r"/(figures|log|anat|fmap|dwi)(/|$)"]
+    indexer = BIDSLayoutIndexer(validate=False, ignore=[re.compile(pattern) for pattern in ignored])
+    try:
+        return BIDSLayout(root, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
+    except (OSError, ValueError) as error:
+        raise InputDatasetError(
+            f"the files of sub-{label} cannot be indexed: {error}", where=root, fix="mend the named JSON file; a sidecar must be valid JSON"
+        ) from error
+
+
+def _query(layout: Any, label: str, selection: Selection) -> list[Any]:  # noqa: ANN401
+    from bids.layout import Query
+
+    special = {None: Query.NONE, "*": Query.ANY}
+    filters = {name: special.get(value, value) if value is None or isinstance(value, str) else value for name, value in read_filters(selection, "bold").items()}  # fmt: skip
+    defaults: dict[str, Any] = {"suffix": "bold", "extension": list(_IMAGES), "desc": ["preproc", Query.NONE]}
+    try:
+        found = layout.get(**{**defaults, **filters, "subject": label})
+    except (ValueError, TypeError) as error:
+        raise SettingsError(
+            f"the filters of 'bold' are not understood: {error}", where=selection.bids_filter_file, fix="use pybids entity names"
+        ) from error
+    # Without desc-preproc only CIFTI is a preprocessed run: a plain _bold.nii.gz is raw data.
+    return [file for file in found if "desc" in file.entities or file.path.endswith(".dtseries.nii")]
+
+
+def _choose(
+    key: RunKey, images: Sequence[tuple[dict[str, str], Any]], space: str | None, resolution: str | None
+) -> tuple[dict[str, str], Any]:
+    spaces = sorted({entities["space"] for entities, _ in images if "space" in entities})
+    wanted = space or next((name for name in SPACE_ORDER if name in spaces), None)
+    if wanted is None or wanted not in spaces:
+        asked = f"space {space}" if space else "a standard space"
+        raise InputNotFoundError(
+            f"{key.name} has no image in {asked}; it has {', '.join(spaces) or 'its own space only'}",
+            where=Path(images[0][1].path).parent,
+            fix="choose one with --set space=NAME, or preprocess with that output space",
+        )
+    kept = [(entities, file) for entities, file in images if entities.get("space") == wanted]
+    if resolution is not None:
+        kept = [(entities, file) for entities, file in kept if entities.get("res") == resolution]
+        if not kept:
+            raise InputNotFoundError(
+                f"{key.name} has no image in {wanted} at res-{resolution}", where=Path(images[0][1].path).parent, fix="check --set resolution"
+            )
+    if len(kept) > 1:
+        names = ", ".join(sorted(Path(file.path).name for _, file in kept))
+        raise InputDatasetError(
+            f"{key.name} has several images: {names}",
+            where=Path(kept[0][1].path).parent,
+            fix="choose one with --set resolution=LABEL or --bids-filter-file",
+        )
+    return kept[0]
+
+
+def _run_files(key: RunKey, chosen: tuple[dict[str, str], Any], files: Sequence[tuple[tuple[dict[str, str], str, str], Path]]) -> RunFiles:
+    entities, file = chosen
+    bold = Path(file.path)
+    if not bold.exists():
+        raise InputDatasetError("the image is a broken link", where=bold, fix="fetch its content first, e.g. 'datalad get'")
+    masks, confounds = [], []
+    for (found, suffix, extension), path in files:
+        if "sub" not in found or run_key(found) != key:
+            continue
+        same_grid = all(found.get(name) == entities.get(name) for name in ("space", "res"))
+        if suffix == "mask" and found.get("desc") == "brain" and extension in (".nii.gz", ".nii") and same_grid:
+            masks.append(path)
+        elif suffix in {"timeseries", "regressors"} and found.get("desc") == "confounds" and extension == ".tsv":
+            confounds.append(path)
+    cifti = bold.name.endswith(".dtseries.nii")
+    if not masks and not cifti:
+        raise InputDatasetError("the run has no brain mask", where=bold, fix="it needs …_desc-brain_mask.nii.gz on the same grid beside it")
+    time = file.get_metadata().get("RepetitionTime")
+    if not isinstance(time, int | float) or isinstance(time, bool) or not 0 < time < 60:
+        raise InputDatasetError(
+            f"RepetitionTime is {'missing' if time is None else time!r}", where=bold, fix="state RepetitionTime in seconds in the image's JSON"
+        )
+    return RunFiles(
+        key=key,
+        bold=bold,
+        space=entities["space"],
+        mask=None if cifti else sorted(masks)[0],
+        confounds=sorted(confounds)[0] if confounds else None,
+        repetition_time_s=float(time),
+    )
+
+
+def _root(dataset: Path) -> Path:
+    # A HALFpipe working folder keeps its derivative, and fMRIPrep's, one level down.
+    if not list_participants(dataset):
+        for inner in (dataset / "derivatives" / "halfpipe", dataset / "derivatives" / "fmriprep"):
+            if inner.is_dir() and list_participants(inner):
+                return inner
+    return dataset
+
+
+def _kind(root: Path) -> Kind | None:
+    for label in list_participants(root)[:20]:  # the first participants may have failed upstream
+        series = False
+        for path in walk_files(root / f"sub-{label}"):
+            entities, suffix, extension = parse_name(path.name)
+            if suffix == "bold" and (extension == ".dtseries.nii" or (extension in _IMAGES and entities.get("desc") == "preproc")):
+                return "images"
+            series = series or (suffix == "timeseries" and extension == ".tsv" and ("atlas" in entities or "seg" in entities))
+        if series:
+            return "series"
+    return None
+
+
+def _producer(root: Path) -> tuple[str, str]:
+    try:
+        first = json.loads((root / "dataset_description.json").read_text(encoding="utf-8"))["GeneratedBy"][0]
+        return str(first.get("Name", "")), str(first.get("Version", ""))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return ("HALFpipe", "") if root.name == "halfpipe" else ("", "")
