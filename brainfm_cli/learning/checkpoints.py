@@ -1,0 +1,195 @@
+"""Weights, settings and training state in folders: safetensors and JSON, nothing pickled, whole or absent.
+
+A finished model is ``models/<id>/``: ``model.safetensors``, ``config.yaml`` (from which alone the model is rebuilt),
+``normalisation.json``, ``README.md``, ``provenance.json``, ``log.csv``, ``report.html`` and ``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brainfm_cli.bids.cohort import CohortAtlas
+from brainfm_cli.bids.derivatives import atomic_path
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError
+
+MODEL_FORMAT = 1
+
+
+class AtlasRecord(Frozen):
+    """An atlas as a model remembers it."""
+
+    template: str
+    """Template of the series the model was trained on."""
+    regions: tuple[str, ...]
+    """Region names, in order."""
+    networks: tuple[str | None, ...] = ()
+    """Functional network of each region, empty where unknown."""
+
+    @classmethod
+    def of(cls, atlas: CohortAtlas) -> AtlasRecord:
+        """The record of a cohort's atlas."""
+        return cls(template=atlas.template, regions=atlas.regions.names, networks=atlas.regions.networks)
+
+
+class ModelConfig(Frozen):
+    """``config.yaml`` of a model folder."""
+
+    format: int = MODEL_FORMAT
+    """Version of the folder's layout."""
+    system: dict[str, Any]
+    """Settings of the system, with its ``kind``."""
+    atlases: dict[str, AtlasRecord] = {}
+    """Atlases the model knows, by label."""
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything that a training run needs to go on as if it had never stopped."""
+
+    weights: dict[str, Tensor]
+    """Parameters and buffers of the trained module."""
+    moments: dict[str, Tensor]
+    """``<parameter>/<quantity>`` of the optimiser."""
+    progress: dict[str, Any]
+    """Plain values: epoch, batch, step, best loss, patience, scaler."""
+    log: str
+    """The log so far, as CSV."""
+
+
+def read_model_config(model_dir: Path) -> ModelConfig:
+    """The configuration of a model folder.
+
+    Raises
+    ------
+    InputNotFoundError
+        The folder or its config.yaml does not exist.
+    CheckpointMismatchError
+        It is no brainfm model, or of an unknown layout.
+    """
+    path = model_dir / "config.yaml"
+    if not path.is_file():
+        raise InputNotFoundError("no model here", where=model_dir, fix="give the path of a models/<id> folder")
+    try:
+        config = ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise CheckpointMismatchError(f"config.yaml is not a brainfm model's: {error}", where=path, fix="give a models/<id> folder") from error  # fmt: skip
+    if config.format != MODEL_FORMAT:
+        raise CheckpointMismatchError(f"the model has layout {config.format}, not {MODEL_FORMAT}", where=path, fix="use the brainfm version that made it")  # fmt: skip
+    return config
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module's parameters and buffers from a safetensors file; every name and shape must fit.
+
+    Raises
+    ------
+    InputNotFoundError
+        The file does not exist.
+    CheckpointMismatchError
+        The file is damaged or belongs to another model.
+    """
+    tensors = read_tensors(path)
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    if missing or extra or shapes:
+        examples = ", ".join([*missing, *extra, *shapes][:3])
+        raise CheckpointMismatchError(
+            f"the weights do not fit the model ({len(missing)} missing, {len(extra)} unknown, {len(shapes)} of another shape: {examples})",
+            where=path,
+            fix="config.yaml and model.safetensors must come from the same model folder",
+        )
+    module.load_state_dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputNotFoundError("the weights are absent", where=path, fix="give a complete models/<id> folder") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointMismatchError(f"the weights are unreadable: {error}", where=path, fix="copy the model folder again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write tensors atomically; the same values give the same bytes."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}, temporary)
+    return path
+
+
+def optimiser_moments(optimiser: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The optimiser's per-parameter state as flat tensors; ``names`` maps ``id(parameter)`` to its name."""
+    moments = {}
+    for parameter, state in optimiser.state.items():
+        for quantity, value in state.items():
+            moments[f"{names[id(parameter)]}/{quantity}"] = torch.as_tensor(value)
+    return moments
+
+
+def restore_moments(optimiser: torch.optim.Optimizer, names: Mapping[int, str], moments: Mapping[str, Tensor]) -> None:
+    """Put flat tensors back as the optimiser's state."""
+    by_name = {names[id(p)]: p for group in optimiser.param_groups for p in group["params"]}
+    fused = any(group.get("fused") for group in optimiser.param_groups)
+    for key, value in moments.items():
+        name, _, quantity = key.rpartition("/")
+        parameter = by_name[name]
+        # 'step' stays on the CPU unless the fused kernel counts on the device
+        device = parameter.device if quantity != "step" or fused else torch.device("cpu")
+        optimiser.state[parameter][quantity] = value.to(device).clone()
+
+
+def save_state(folder: Path, name: str, state: TrainingState) -> Path:
+    """Write ``folder/name`` as a whole, then remove older states."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    temporary.mkdir()
+    write_tensors(temporary / "model.safetensors", state.weights)
+    write_tensors(temporary / "optimiser.safetensors", state.moments)
+    (temporary / "log.csv").write_text(state.log, encoding="utf-8")
+    (temporary / "progress.json").write_text(json.dumps(state.progress, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    final = folder / name
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.replace(final)
+    for other in folder.iterdir():
+        if other.is_dir() and other.name != name and (other.name.startswith(("step-", ".step-"))):
+            shutil.rmtree(other, ignore_errors=True)
+    return final
+
+
+def newest_state(folder: Path) -> TrainingState | None:
+    """The newest complete state in ``folder``; none where there is none."""
+    states = sorted(path for path in folder.glob("step-*") if (path / "progress.json").is_file()) if folder.is_dir() else []
+    if not states:
+        return None
+    newest = states[-1]
+    try:
+        return TrainingState(
+            weights=read_tensors(newest / "model.safetensors"),
+            moments=read_tensors(newest / "optimiser.safetensors"),
+            progress=json.loads((newest / "progress.json").read_text(encoding="utf-8")),
+            log=(newest / "log.csv").read_text(encoding="utf-8"),
+        )
+    except (OSError, ValueError) as error:
+        raise InputDatasetError(f"the checkpoint is unreadable: {error}", where=newest, fix="delete this folder; training starts from the one before, or anew") from error  # fmt: skip

@@ -1,0 +1,295 @@
+"""Brain-graph: one graph model for any atlas (BrainGFM). Settings, assembly, losses, loading, embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from brainfm_cli.bids.cohort import Cohort, CohortAtlas
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import CheckpointMismatchError, SettingsError
+from brainfm_cli.learning import objectives
+from brainfm_cli.learning.checkpoints import AtlasRecord, load_weights, read_model_config
+from brainfm_cli.learning.samples import PretrainBatch, Windows, pad_windows
+from brainfm_cli.models.graph_encoder import EncoderShape, Encoding
+from brainfm_cli.models.graph_model import GraphModel
+from brainfm_cli.models.graphs import (
+    NUM_WALK_STEPS,
+    Connectivity,
+    Edges,
+    Graphs,
+    build_graphs,
+    choose_hidden,
+    hashed_normal,
+    hashed_uniform,
+    hide_nodes,
+    perturb,
+)
+
+PRESETS: dict[str, EncoderShape] = {
+    "base": EncoderShape(),
+    "small": EncoderShape(width=128, num_heads=4, feedforward=256, num_layers=2),
+    "tiny": EncoderShape(width=64, num_heads=4, feedforward=128, num_blocks=2, num_layers=1),
+}
+_HIDE_FIRST, _HIDE_SECOND, _DROP, _NOISE, _NON_EDGES = range(5)  # streams of the hashed random numbers
+
+
+class GraphSettings(Frozen):
+    """How a window of region series becomes a graph."""
+
+    connectivity: Connectivity = "fisher-z"
+    """pearson or fisher-z: what the connectivity rows hold."""
+    standardise: bool = True
+    """Centre and scale every edge by the pretraining people's mean and standard deviation."""
+    edges: Edges = "top-k"
+    """top-k (largest positive correlations per region), threshold, or knn (nearest connectivity rows)."""
+    density: float = Field(default=0.1, gt=0, le=1)
+    """Edges per region as a share of the regions, for top-k and knn."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Smallest correlation of an edge, for threshold."""
+    min_frames: int = Field(default=60, ge=4)
+    """Frames of the shortest window (which is also at least half the run); shorter runs are left out of pretraining."""
+
+
+class LossSettings(Frozen):
+    """Weights and constants of the pretraining losses."""
+
+    node: float = Field(default=1.0, ge=0)
+    """Weight of the masked-node loss."""
+    edge: float = Field(default=0.1, ge=0)
+    """Weight of the masked-edge loss."""
+    contrast: float = Field(default=1.0, ge=0)
+    """Weight of the contrast between two windows of a scan."""
+    cross_atlas: float = Field(default=0.5, ge=0)
+    """Weight of the contrast between two atlases of a scan."""
+    cross_atlas_probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of batches that get a view in another atlas."""
+    temperature: float = Field(default=0.2, gt=0)
+    """Temperature of both contrasts."""
+    mask_first: float = Field(default=0.3, gt=0, lt=1)
+    """Share of regions hidden at the start."""
+    mask_last: float = Field(default=0.5, gt=0, lt=1)
+    """Share of regions hidden after the ramp."""
+    mask_ramp_epochs: float = Field(default=5.0, ge=0)
+    """Epochs over which the hidden share rises."""
+    edge_drop: float = Field(default=0.1, ge=0, lt=1)
+    """Share of edges left out in the second window."""
+    noise: float = Field(default=0.02, ge=0)
+    """Standard deviation of the noise on the second window's connectivity."""
+
+
+class BrainGraphSettings(Frozen):
+    """The brain-graph system."""
+
+    kind: Literal["brain-graph"]
+    """Which system."""
+    preset: Literal["base", "small", "tiny"] = "base"
+    """Size of the encoder; each size below overrides it."""
+    width: int | None = Field(default=None, ge=8)
+    """Length of a token."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Attention heads; must divide the width."""
+    feedforward: int | None = Field(default=None, ge=8)
+    """Hidden length of the feed-forward part."""
+    num_blocks: int | None = Field(default=None, ge=1)
+    """Blocks, each of transformer layers and one graph convolution."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Transformer layers per block."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of activations dropped in training."""
+    input_width: int | None = Field(default=None, ge=16)
+    """Columns of the shared input projection: regions of the largest atlas plus five."""
+    graph: GraphSettings = GraphSettings()
+    """Windows, connectivity, edges."""
+    losses: LossSettings = LossSettings()
+    """Weights and constants of the losses."""
+
+    @property
+    def shape(self) -> EncoderShape:
+        """The preset's sizes with the overrides."""
+        preset = PRESETS[self.preset]
+        return EncoderShape(
+            **{name: getattr(self, name) or getattr(preset, name) for name in preset.__dataclass_fields__} | self._dropout()
+        )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> BrainGraphSettings:
+        if self.shape.width % self.shape.num_heads:
+            raise ValueError(f"width {self.shape.width} is not a multiple of num_heads {self.shape.num_heads}")
+        return self
+
+    def _dropout(self) -> dict[str, float]:
+        return {} if self.dropout is None else {"dropout": self.dropout}  # 0 is a value, not 'unset'
+
+    def build(self, atlases: Mapping[str, AtlasRecord]) -> BrainGraph:
+        """A new model for these atlases, with weights from torch's global generator."""
+        for label, atlas in atlases.items():
+            if len(atlas.regions) + NUM_WALK_STEPS > self.shape.input_width:
+                raise SettingsError(
+                    f"atlas {label} has {len(atlas.regions)} regions, more than the input projection takes",
+                    fix=f"set system.input_width={len(atlas.regions) + NUM_WALK_STEPS} or larger",
+                )
+        sizes = {label: len(atlas.regions) for label, atlas in atlases.items()}
+        return BrainGraph(settings=self, atlases=dict(atlases), model=GraphModel(self.shape, sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrainGraph:
+    """A brain-graph model with what is needed to feed and train it."""
+
+    settings: BrainGraphSettings
+    """Sizes, graph construction, losses."""
+    atlases: dict[str, AtlasRecord]
+    """Atlases that the model knows, by label."""
+    model: GraphModel
+    """The torch module."""
+
+    @classmethod
+    def load(cls, model_dir: Path) -> BrainGraph:
+        """The pretrained model of a ``models/<id>`` folder, in evaluation mode."""
+        config = read_model_config(model_dir)
+        system = BrainGraphSettings.from_values(config.system, where=model_dir / "config.yaml").build(config.atlases)
+        load_weights(system.model, model_dir / "model.safetensors")
+        system.model.eval()
+        return system
+
+    @property
+    def module(self) -> GraphModel:
+        """The module that is trained."""
+        return self.model
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term."""
+        losses = self.settings.losses
+        return {"node": losses.node, "edge": losses.edge, "contrast": losses.contrast, "cross_atlas": losses.cross_atlas}
+
+    def check_atlas(self, atlas: CohortAtlas) -> None:
+        """Refuse an atlas that the model was not made for.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            The model does not know the atlas, or knows it with other regions.
+        """
+        known = self.atlases.get(atlas.label)
+        if known is None:
+            raise CheckpointMismatchError(
+                f"the model does not know atlas {atlas.label}",
+                fix=f"parcellate with one of: {', '.join(sorted(self.atlases))}; or pretrain with this atlas",
+            )
+        if known.regions != atlas.regions.names:
+            raise CheckpointMismatchError(
+                f"atlas {atlas.label} has other regions than the one the model was made for", fix="use the same atlas file for both"
+            )
+
+    def usable_atlases(self, cohort: Cohort) -> list[str]:
+        """The cohort's atlases that the model knows, each checked; sorted.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            There is none, or one has other regions.
+        """
+        shared = sorted(set(cohort.atlases) & set(self.atlases))
+        for label in shared or sorted(cohort.atlases)[:1]:
+            self.check_atlas(cohort.atlases[label])
+        return shared
+
+    def graphs(self, windows: Windows) -> Graphs:
+        """Standardised graphs of a batch of windows, on the windows' device."""
+        graph = self.settings.graph
+        with torch.no_grad():
+            made = build_graphs(
+                windows.atlas,
+                windows.series,
+                windows.frames,
+                connectivity=graph.connectivity,
+                edges=graph.edges,
+                density=graph.density,
+                threshold=graph.threshold,
+            )
+            return self.model.standardiser(made)
+
+    @torch.no_grad()
+    def embed(self, series: Sequence[np.ndarray], atlas: str, *, batch_size: int = 32) -> np.ndarray:
+        """(scans, 2 · width) float32 readouts of whole (frames, regions) series, in order, in evaluation mode."""
+        device = next(self.model.parameters()).device
+        was_training = self.model.training
+        self.model.eval()
+        parts = []
+        for start in range(0, len(series), batch_size):
+            chunk = series[start : start + batch_size]
+            windows = pad_windows(chunk, atlas, [1.0] * len(chunk)).to(device)
+            parts.append(self.model.encode(self.graphs(windows)).readout.float().cpu().numpy())
+        self.model.train(was_training)
+        return np.concatenate(parts)
+
+    def losses(self, batch: PretrainBatch, *, epoch: float) -> dict[str, Tensor]:
+        """Unweighted loss terms of one batch, and ``monitor_…`` values that are only logged."""
+        settings = self.settings.losses
+        ratio = objectives.mask_ratio(epoch, first=settings.mask_first, last=settings.mask_last, ramp_epochs=settings.mask_ramp_epochs)
+        whole = self.graphs(batch.first)
+        hidden = self._hidden(whole, batch.keys, ratio, _HIDE_FIRST)
+        first = hide_nodes(whole, hidden)
+        second = self._perturb(self.graphs(batch.second), batch.keys)
+        second = hide_nodes(second, self._hidden(second, batch.keys, ratio, _HIDE_SECOND))
+        encoded, other_window = self.model.encode(first), self.model.encode(second)
+        terms = self._reconstruction(whole, hidden, encoded, batch.keys)
+        scope = {"dataset": objectives.gather_ranks(batch.dataset), "participant": objectives.gather_ranks(batch.participant)}
+        anchor = self.model.contrast(encoded.readout)
+        anchors = objectives.gather_ranks(anchor)
+        positives = objectives.gather_ranks(self.model.contrast(other_window.readout))
+        terms["contrast"] = objectives.nt_xent(anchors, positives, temperature=settings.temperature, **scope)
+        if batch.crossed and settings.cross_atlas > 0:
+            vectors, valid = self._other_atlas(batch, anchor)
+            terms["cross_atlas"] = objectives.nt_xent(
+                anchors, objectives.gather_ranks(vectors), temperature=settings.temperature, valid=objectives.gather_ranks(valid), **scope
+            )
+        return terms | {
+            "monitor_hidden_share": hidden.sum() / whole.present.sum().clamp_min(1),
+            "monitor_window_seconds": torch.cat([batch.first.seconds, batch.second.seconds]).mean(),
+            "monitor_edge_density": whole.adjacency.mean(),
+            "monitor_embedding_spread": objectives.embedding_spread(encoded.readout),
+        }
+
+    def _reconstruction(self, whole: Graphs, hidden: Tensor, encoded: Encoding, keys: Tensor) -> dict[str, Tensor]:
+        regions = whole.features.shape[-1]
+        decoded = self.model.decode(encoded, whole, hidden)
+        rows = self.model.decoder.rows(decoded, whole.atlas)
+        scores = hashed_uniform(keys, (regions, regions), stream=_NON_EDGES)
+        return {
+            "node": objectives.masked_node_loss(rows, whole.features, hidden, whole.present),
+            "edge": objectives.masked_edge_loss(self.model.decoder.edge_logits(decoded), whole.adjacency, hidden, whole.present, scores),
+            "monitor_distinct_rows": objectives.distinct_rows(rows[:2]),
+        }
+
+    def _hidden(self, graphs: Graphs, keys: Tensor, ratio: float, stream: int) -> Tensor:
+        return choose_hidden(graphs.present, hashed_uniform(keys, (graphs.present.shape[1],), stream=stream), ratio)
+
+    def _perturb(self, graphs: Graphs, keys: Tensor) -> Graphs:
+        square = tuple(graphs.adjacency.shape[1:])
+        return perturb(
+            graphs,
+            hashed_uniform(keys, square, stream=_DROP),
+            hashed_normal(keys, square, stream=_NOISE),
+            edge_drop=self.settings.losses.edge_drop,
+            noise_scale=self.settings.losses.noise,
+        )
+
+    def _other_atlas(self, batch: PretrainBatch, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the other atlas's view, zero where a scan has none, and where it has one."""
+        vectors = torch.zeros_like(anchor)
+        valid = torch.zeros(len(anchor), dtype=torch.bool, device=anchor.device)
+        if batch.other is not None:
+            encoded = self.model.encode(self.graphs(batch.other))
+            vectors = vectors.index_copy(0, batch.other_rows, self.model.contrast(encoded.readout).to(vectors.dtype))
+            valid[batch.other_rows] = True
+        return vectors, valid
