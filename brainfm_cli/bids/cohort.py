@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
-from brainfm_cli.bids.derivatives import atomic_path, write_json, write_tsv
+from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 
@@ -144,12 +143,11 @@ class CohortWriter:
     _frames: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._temporary = self.root.parent / f".{self.root.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        self._temporary = temporary_path(self.root)
 
     def __enter__(self) -> Self:
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.parent.glob(f".{self.root.name}.*.part"):  # of a killed run
-            shutil.rmtree(leftover, ignore_errors=True)
+        sweep(self.root.parent)
         self._temporary.mkdir()
         self._stack = contextlib.ExitStack()
         self._streams: dict[str, Any] = {}

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import platform
+import re
 import secrets
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +27,8 @@ from brainfm_cli.provenance import UnitRecord, brainfm_version, input_configurat
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+_OWNER = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{8}\.part$")
+_FOREIGN_LEFTOVER_S = 86_400
 BIDS_VERSION = "1.10.0"
 CODE_URL = "https://github.com/brainfm/brainfm-cli"
 
@@ -33,8 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The file is flushed to disk before the rename, so a reader sees the old file, the new file, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A leading dot and a foreign suffix keep half-written files out of every glob and of the validator.
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    temporary = temporary_path(path)
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -43,6 +49,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses and that says which process owns it.
+
+    A leading dot and a foreign suffix keep half-written files out of every glob and of the validator.
+    """
+    return path.parent / f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def sweep(folder: Path, *, recursive: bool = False) -> None:
+    """Remove what killed processes left half-written in ``folder``; files of living or foreign owners stay for a day."""
+    for path in folder.rglob(".*.part") if recursive else folder.glob(".*.part"):
+        if _is_abandoned(path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    match = _OWNER.search(path.name)
+    if match is None:
+        return False
+    try:
+        if match["host"] != _host():  # another node's process cannot be asked
+            return time.time() - path.stat().st_mtime > _FOREIGN_LEFTOVER_S
+        os.kill(int(match["pid"]), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
@@ -119,6 +162,8 @@ class OutputDataset:
         chained = digest_of([command, settings.digest(), [value for source in sources if (value := input_configuration_hash(source))]])
         description = _description(root, command, chained, sources, dataset_type)
         existing = root / "dataset_description.json"
+        for folder in (root, root / "logs", record_path(root, "any").parent):
+            sweep(folder)
         if existing.exists():
             _check_same(existing, command, chained)
         else:
@@ -188,7 +233,7 @@ def _check_same(existing: Path, command: str, chained: str) -> None:
 def _check_writable(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".{secrets.token_hex(4)}.part"
+        probe = temporary_path(root / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from brainfm_cli.bids.derivatives import sweep
 from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, OutOfMemoryError, classify, combined_exit_code
 from brainfm_cli.provenance import (
     FailureRecord,
@@ -76,7 +77,10 @@ def run_units(dataset: OutputDataset, units: Sequence[Unit], execution: Executio
 
     A unit's failure is recorded with its class and remedy, and the next unit runs.
     """
-    todo = [unit for unit in units if _state(dataset, unit) != "current"]
+    states = plan_units(dataset, units)
+    todo = [unit for unit in units if states[unit.name] != "current"]
+    if "interrupted" in states.values():
+        sweep(dataset.root, recursive=True)
     skipped = len(units) - len(todo)
     codes = [EXIT_OK] * skipped
     if skipped:

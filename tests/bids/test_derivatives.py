@@ -97,3 +97,27 @@ def test_concurrent_opening_gives_one_consistent_folder(tmp_path: Path) -> None:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".bidsignore", "config.yaml", "dataset_description.json", "logs"]
+
+
+def test_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+    import os
+    import subprocess
+
+    from brainfm_cli.bids.derivatives import sweep, temporary_path
+
+    ours = temporary_path(tmp_path / "a.tsv")
+    ours.touch()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / "sub" / ours.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    left.parent.mkdir()
+    left.touch()
+    foreign = tmp_path / ".b.tsv.00000000-1-00000000.part"
+    foreign.touch()
+    other = tmp_path / ".hidden.part"
+    other.touch()
+    sweep(tmp_path, recursive=True)
+    assert (ours.exists(), left.exists(), foreign.exists(), other.exists()) == (True, False, True, True)
+    os.utime(foreign, (0, 0))
+    sweep(tmp_path)
+    assert not foreign.exists()
