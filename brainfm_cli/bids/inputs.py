@@ -167,9 +167,7 @@ def run_key(entities: Mapping[str, str]) -> RunKey:
     )
 
 
-def find_runs(
-    root: Path, label: str, selection: Selection, *, space: str | None = None, resolution: str | None = None
-) -> list[RunFiles]:
+def find_runs(root: Path, label: str, selection: Selection, *, space: str | None = None, resolution: str | None = None) -> list[RunFiles]:
     """The preprocessed runs of one participant in one space, sorted by name.
 
     Parameters
@@ -250,7 +248,9 @@ def _choose(
         kept = [(entities, file) for entities, file in kept if entities.get("res") == resolution]
         if not kept:
             raise InputNotFoundError(
-                f"{key.name} has no image in {wanted} at res-{resolution}", where=Path(images[0][1].path).parent, fix="check --set resolution"
+                f"{key.name} has no image in {wanted} at res-{resolution}",
+                where=Path(images[0][1].path).parent,
+                fix="check --set resolution",
             )
     if len(kept) > 1:
         names = ", ".join(sorted(Path(file.path).name for _, file in kept))
@@ -282,14 +282,16 @@ def _run_files(key: RunKey, chosen: tuple[dict[str, str], Any], files: Sequence[
     time = file.get_metadata().get("RepetitionTime")
     if not isinstance(time, int | float) or isinstance(time, bool) or not 0 < time < 60:
         raise InputDatasetError(
-            f"RepetitionTime is {'missing' if time is None else time!r}", where=bold, fix="state RepetitionTime in seconds in the image's JSON"
+            f"RepetitionTime is {'missing' if time is None else time!r}",
+            where=bold,
+            fix="state RepetitionTime in seconds in the image's JSON",
         )
     return RunFiles(
         key=key,
         bold=bold,
         space=entities["space"],
-        mask=None if cifti else sorted(masks)[0],
-        confounds=sorted(confounds)[0] if confounds else None,
+        mask=None if cifti else min(masks),
+        confounds=min(confounds) if confounds else None,
         repetition_time_s=float(time),
     )
 
