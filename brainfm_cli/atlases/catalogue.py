@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from brainfm_cli.atlases.atlas import Atlas, Source
 from brainfm_cli.atlases.datasets import dataset_atlases, read_region_table
+from brainfm_cli.atlases.templateflow import template_file, templateflow_home
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 
@@ -114,10 +114,6 @@ def _from_json(values: dict[str, Any]) -> Atlas:
     )
 
 
-def _templateflow_home() -> Path:
-    return Path(os.environ.get("TEMPLATEFLOW_HOME") or Path.home() / ".cache" / "templateflow")
-
-
 def _templateflow_member(wanted: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     for family in _families():
         for member in family["members"]:
@@ -127,17 +123,16 @@ def _templateflow_member(wanted: str) -> tuple[dict[str, Any], dict[str, Any]] |
 
 
 def _templateflow_image(member: dict[str, Any], template: str) -> Path | None:
-    folder = _templateflow_home() / f"tpl-{template}"
     for resolution in _RESOLUTIONS:
-        path = folder / f"tpl-{template}_res-{resolution}_{member['file']}.nii.gz"
-        if path.is_file() and path.stat().st_size > 0:  # its client unpacks 0-byte placeholders
+        path = template_file(template, f"res-{resolution}_{member['file']}.nii.gz")
+        if path is not None:
             return path
     return None
 
 
 def _from_templateflow(family: dict[str, Any], member: dict[str, Any], template: str) -> Atlas:
     templates = [known for known in family["source"]["templates"] if not template or known.casefold() == template.casefold()]
-    home = _templateflow_home()
+    home = templateflow_home()
     for known in templates:
         image = _templateflow_image(member, known)
         if image is None:
