@@ -69,9 +69,13 @@ def figure(drawing: Figure, *, caption: str, alt: str, dpi: int = 110) -> Markup
     # No date or version inside the file: the same figure gives the same bytes.
     drawing.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     drawing.clear()
-    data = base64.b64encode(buffer.getvalue()).decode()
-    picture = Markup('<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>')
-    return picture.format(data, alt, caption)
+    return picture(buffer.getvalue(), caption=caption, alt=alt)
+
+
+def picture(png: bytes, *, caption: str, alt: str) -> Markup:
+    """A PNG image as an embedded picture."""
+    shown = Markup('<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>')
+    return shown.format(base64.b64encode(png).decode(), alt, caption)
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", highlight: Sequence[int] = ()) -> Markup:
