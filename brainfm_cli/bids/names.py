@@ -71,6 +71,8 @@ provenance.json
 cohort
 metrics.json
 truth.json
+disorders.tsv
+planted.tsv
 split.tsv
 """
 

@@ -1,0 +1,204 @@
+"""``brainfm simulate``: a BIDS dataset with known truth, as voxel images or as a packed cohort of region series."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+
+from brainfm_cli.atlases.catalogue import find_atlas
+from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter
+from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text, write_tsv
+from brainfm_cli.bids.names import BIDSIGNORE
+from brainfm_cli.bids.units import Unit, UnitResult, run_units
+from brainfm_cli.config import Settings
+from brainfm_cli.simulation.anatomy import TEMPLATE
+from brainfm_cli.simulation.population import CONTROL, DISORDER_NAMES, PopulationSettings
+from brainfm_cli.simulation.rest import build_rest, simulate_series
+from brainfm_cli.simulation.sources import Scan
+from brainfm_cli.simulation.truth import attainable_features, build_truth, network_shares
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from brainfm_cli.config import Invocation
+    from brainfm_cli.simulation.population import Person, Population
+    from brainfm_cli.simulation.rest import RestSimulation
+
+DATASET = "simulated"
+_COLUMNS = {
+    "age": {"Description": "Age", "Units": "year"},
+    "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
+    "site": {"Description": "Site of the scanner"},
+    "diagnosis": {
+        "Description": "Diagnosis; disorders are invented, see disorders.tsv",
+        "Levels": {CONTROL: "no disorder"} | dict.fromkeys(DISORDER_NAMES, "see disorders.tsv"),
+    },
+    "diagnosis_binary": {"Description": "Any disorder or none", "Levels": {CONTROL: "no disorder", "case": "any disorder"}},
+    "split": {"Description": "Random halves of unequal size", "Levels": {"discovery": "to learn from", "holdout": "to test on"}},
+}
+
+
+class SimulateSettings(Settings):
+    """Settings of ``brainfm simulate``."""
+
+    kind: Literal["rest"] = "rest"
+    """What is simulated: rest (resting-state fMRI of people with and without disorders)."""
+    level: Literal["bold", "series"] = "bold"
+    """bold writes fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
+    participants: int = Field(default=20, ge=1)
+    """Number of people."""
+    first_participant: int = Field(default=1, ge=1)
+    """Number of the first person. Person i depends on the seed and i alone: ranges apart are different people of one population."""
+    label_prefix: str = Field(default="", pattern="^[A-Za-z]*$")
+    """Letters before the number in participant labels."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the population and of everybody in it."""
+    effect: float = Field(default=1.0, ge=0)
+    """Size of every planted shift, in SDs between people; 0 gives a null cohort, where diagnosis is independent of all else."""
+    atlases: tuple[str, ...] = Field(default=("Schaefer100", "AAL116"), min_length=1)
+    """Atlases of the region series and of the planted features."""
+    frames: int = Field(default=200, ge=20)
+    """Frames per scan, non-steady ones included."""
+    repetition_time_s: float = Field(default=2.0, gt=0.1, le=10)
+    """Seconds between frames."""
+    non_steady_frames: int = Field(default=1, ge=0, le=10)
+    """Bright frames at the beginning; the region series leave them out."""
+    resolution_mm: float = Field(default=4.0, ge=2, le=8)
+    """Voxel size of the template grid."""
+    population: PopulationSettings = PopulationSettings()
+    """Sites, disorders, confounding."""
+
+    @field_validator("participants")
+    @classmethod
+    def _bounded(cls, value: int) -> int:
+        if value > 1_000_000:
+            raise ValueError("at most a million people")
+        return value
+
+    @model_validator(mode="after")
+    def _known_disorders(self) -> SimulateSettings:
+        drawn = DISORDER_NAMES[: self.population.num_disorders]
+        unknown = sorted(set(self.population.disorders) - set(drawn))
+        if unknown:
+            raise ValueError(f"no disorder is called {', '.join(unknown)}; this seed has {', '.join(drawn)}")
+        return self
+
+
+def simulate(call: Invocation, settings: SimulateSettings) -> int:
+    """Write the dataset; gives back the exit code."""
+    for name in settings.atlases:
+        find_atlas(name, call.datasets)
+    if call.dry_run:
+        _print_plan(call.output_dir, settings)
+        return 0
+    dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings)
+    if settings.level == "series":  # the validator wants a folder for each person of participants.tsv, and there is none
+        write_text(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\n")
+    units = _units(dataset.root, settings, dict(call.datasets))
+    return run_units(dataset, units, call.execution)
+
+
+def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
+    arguments = {"root": root, "settings": settings, "datasets": datasets}
+    return [Unit(name="group", inputs=(), work=write_series, arguments=arguments)]
+
+
+def write_series(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> UnitResult:
+    """Write the packed cohort, the tables and the truth: one person at a time, so that memory does not grow with people."""
+    simulation = _build(settings, datasets)
+    people: list[Person] = []
+    with CohortWriter(root / "cohort") as writer:
+        for atlas in simulation.atlases:
+            writer.add_atlas(CohortAtlas(label=atlas.label, regions=atlas.regions, template=TEMPLATE))
+        for index in _indices(settings):
+            seen = simulate_series(simulation, index)
+            people.append(seen.person)
+            row = {
+                "dataset": DATASET,
+                "participant": _label(settings, index),
+                "session": "",
+                "run": "task-rest",
+                "site": seen.person.site,
+                "repetition_time": settings.repetition_time_s,
+                "mean_fd": seen.mean_fd_mm,
+                "kept_fraction": 1 - settings.non_steady_frames / settings.frames,
+            }
+            for atlas, series in zip(simulation.atlases, seen.series, strict=True):
+                writer.add_run(atlas.label, series, row)
+        table = _participants(settings, people)
+        outputs = writer.finish(table.set_index("participant_id"), _COLUMNS)
+    cohort = Cohort.open(root / "cohort")
+    shares = {region_map.label: {"network_shares": network_shares(region_map)} for region_map in simulation.maps}
+    planted = attainable_features(cohort, {"atlases": shares})
+    return UnitResult(outputs=(*outputs, *_write_tables(root, settings, simulation, table, planted)), seed=settings.seed)
+
+
+def _write_tables(
+    root: Path, settings: SimulateSettings, simulation: RestSimulation, table: pd.DataFrame, planted: pd.DataFrame
+) -> tuple[Path, ...]:
+    truth = build_truth(simulation, table.set_index("participant_id"), planted, settings=settings.model_dump(mode="json"))
+    public = table.assign(participant_id="sub-" + table["participant_id"])
+    return (
+        write_tsv(root / "participants.tsv", public),
+        write_json(root / "participants.json", _COLUMNS),
+        write_tsv(root / "disorders.tsv", _disorders(simulation.population)),
+        write_tsv(root / "planted.tsv", planted.round(6)),
+        write_json(root / "truth.json", truth),
+    )
+
+
+def _build(settings: SimulateSettings, datasets: Mapping[str, Path]) -> RestSimulation:
+    scan = Scan(frames=settings.frames, repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames)
+    return build_rest(
+        settings.population,
+        seed=settings.seed,
+        effect=settings.effect,
+        scan=scan,
+        resolution_mm=settings.resolution_mm,
+        atlases=settings.atlases,
+        datasets=datasets,
+    )
+
+
+def _indices(settings: SimulateSettings) -> range:
+    return range(settings.first_participant, settings.first_participant + settings.participants)
+
+
+def _label(settings: SimulateSettings, index: int) -> str:
+    return f"{settings.label_prefix}{index:04d}"
+
+
+def _participants(settings: SimulateSettings, people: list[Person]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "participant_id": [_label(settings, person.index) for person in people],
+            "age": [person.age for person in people],
+            "sex": [person.sex for person in people],
+            "site": [person.site for person in people],
+            "diagnosis": [person.diagnosis for person in people],
+            "diagnosis_binary": [CONTROL if person.diagnosis == CONTROL else "case" for person in people],
+            "split": [person.split for person in people],
+        }
+    )
+
+
+def _disorders(population: Population) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "name": [disorder.name for disorder in population.disorders],
+            "abbreviation": [disorder.abbreviation for disorder in population.disorders],
+            "description": [disorder.description for disorder in population.disorders],
+            "present": ["yes" if disorder in population.present else "no" for disorder in population.disorders],
+        }
+    )
+
+
+def _print_plan(root: Path, settings: SimulateSettings) -> None:
+    console = Console()
+    console.print(f"simulate {settings.kind}, level {settings.level}, into {root}", highlight=False)
+    console.print(f"{settings.participants} people from {_label(settings, settings.first_participant)}, seed {settings.seed}, effect {settings.effect:g}", highlight=False)  # fmt: skip
+    console.print(f"{settings.frames} frames of {settings.repetition_time_s:g} s; atlases: {', '.join(settings.atlases)}", highlight=False)
