@@ -24,6 +24,7 @@ import pandas as pd
 from brainfm_cli.bids.inputs import in_selection, matches_filters, read_filters, run_key, walk_files
 from brainfm_cli.bids.names import atlas_label, parse_name
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.records import ParcellatedRun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -167,6 +168,31 @@ def read_series(files: SeriesFiles, *, repetition_time_s: float | None = None) -
     )
 
 
+def as_run(ready: ReadySeries, *, min_coverage: float) -> tuple[ParcellatedRun, list[str]]:
+    """The series as a run of ours, regions below the coverage rule or without variance set to NaN, and notes that name them."""
+    values = ready.values.copy()
+    with np.errstate(invalid="ignore"):
+        thin = ready.coverage < min_coverage
+        flat = ~np.isnan(values).any(0) & (np.ptp(values, axis=0) == 0)
+    values[:, thin | flat] = np.nan
+    notes = []
+    lost = [name for name, gone in zip(ready.names, np.isnan(values).all(0), strict=True) if gone]
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        notes.append(
+            f"{ready.files.key.name}, {ready.files.atlas}: no usable signal in {len(lost)} of {len(ready.names)} regions ({shown})"
+        )
+    run = ParcellatedRun(
+        key=ready.files.key,
+        atlas=ready.files.atlas,
+        space=ready.files.space or "",
+        series=values,
+        coverage=ready.coverage,
+        repetition_time_s=ready.repetition_time_s,
+    )
+    return run, notes
+
+
 def _series_files(
     path: Path,
     entities: dict[str, str],
@@ -297,7 +323,7 @@ def _framewise_displacement(files: SeriesFiles) -> NDArray[np.float64] | None:
 def _kept(files: SeriesFiles, frames: int) -> NDArray[np.bool_] | None:
     if files.outliers is None:
         return None
-    kept: NDArray[np.bool_] = ~(_companion(files.outliers).fillna(0).to_numpy(float) > 0).any(1)
+    kept = np.asarray(~(_companion(files.outliers).fillna(0).to_numpy(float) > 0).any(1), bool)
     if kept.sum() == frames:
         return kept
     if len(kept) == frames:  # the producer interpolated censored frames and kept them

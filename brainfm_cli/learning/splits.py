@@ -210,7 +210,14 @@ def inner_folds(
     limit = int(np.bincount(labels).min()) if target.kind != "continuous" else len(labels) // 2
     number = max(2, min(folds, limit, len({groups.get(name, name) for name in target.participants})))
     test = _assign(labels, [groups.get(name, name) for name in target.participants], number, seed)
-    return tuple((np.flatnonzero(test != fold), np.flatnonzero(test == fold)) for fold in range(number))
+    pairs = tuple((np.flatnonzero(test != fold), np.flatnonzero(test == fold)) for fold in range(number))
+    for train, _ in pairs:
+        if target.kind != "continuous" and len(np.unique(labels[train])) < len(target.classes):
+            raise InputDatasetError(
+                f"a class of '{target.name}' is in one group only: no inner fold can learn it",
+                fix="leave the class out (target.classes), or check the group column",
+            )
+    return pairs
 
 
 def participant_hash(dataset: str, participant: str) -> str:

@@ -50,3 +50,17 @@ class GraphPrompt(nn.Module):
             offered = edge * usable[:, :, None] * usable[:, None, :]
         adjacency = graphs.adjacency + EDGE_STRENGTH * offered * (1.0 - graphs.adjacency)
         return graphs.features * gain, adjacency, edge
+
+
+class TargetPrompt(nn.Module):
+    """What is tuned for one target in one atlas: a graph prompt of its own and the disorder token that switches it."""
+
+    def __init__(self, pretrained: GraphPrompt, token: Tensor, atlas: str) -> None:
+        """Starts as the pretrained prompt, so that an untuned one changes nothing."""
+        super().__init__()
+        regions = pretrained.node[atlas].shape[0]
+        self.graph = GraphPrompt(token.shape[-1], {atlas: regions})
+        own = pretrained.state_dict()
+        self.graph.load_state_dict({name: own[name] for name in self.graph.state_dict()})
+        self.token = nn.Parameter(token.detach().clone().reshape(1, -1))
+        self.to(token.device)

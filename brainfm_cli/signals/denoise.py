@@ -134,9 +134,7 @@ def read_nuisance(path: Path | None, denoising: Denoising, *, num_frames: int, r
     return Nuisance(regressors=regressors - regressors[kept].mean(0), names=names, kept=kept, fd=fd)
 
 
-def clean_series(
-    series: NDArray[np.float64], nuisance: Nuisance, denoising: Denoising, *, repetition_time_s: float
-) -> NDArray[np.float64]:
+def clean_series(series: NDArray[np.float64], nuisance: Nuisance, denoising: Denoising, *, repetition_time_s: float) -> NDArray[np.float64]:
     """(kept frames, regions) cleaned series; outlier frames are interpolated before filters and left out afterwards.
 
     Raises

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from scipy.cluster.hierarchy import fcluster, ward
 from torch import Tensor
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
@@ -27,11 +28,14 @@ from brainfm_cli.models.graphs import (
     Graphs,
     build_graphs,
     choose_hidden,
+    correlate,
     hashed_normal,
     hashed_uniform,
     hide_nodes,
     perturb,
 )
+from brainfm_cli.models.prompts import TargetPrompt
+from brainfm_cli.models.readouts import connectivity_blocks
 
 PRESETS: dict[str, EncoderShape] = {
     "base": EncoderShape(),
@@ -293,3 +297,29 @@ class BrainGraph:
             vectors = vectors.index_copy(0, batch.other_rows, self.model.contrast(encoded.readout).to(vectors.dtype))
             valid[batch.other_rows] = True
         return vectors, valid
+
+    def new_prompt(self, atlas: str) -> TargetPrompt:
+        """A prompt for one target in one atlas, at the pretrained state."""
+        return TargetPrompt(self.model.prompt, self.model.encoder.no_disorder, atlas)
+
+    def read(self, graphs: Graphs, prompt: TargetPrompt) -> Tensor:
+        """(batch, 2 · width) readout of prompted graphs; gradients reach the prompt."""
+        return self.model.encode(graphs, prompt=prompt.graph, disorder=prompt.token).readout
+
+    @torch.no_grad()
+    def connectivity_blocks(self, windows: Windows) -> dict[str, Tensor]:
+        """What the head reads beside the embedding, (batch, features) each: connectivity of regions and of their groups."""
+        correlation, present = correlate(windows.series, windows.frames)
+        return connectivity_blocks(correlation, present, self._groups(windows.atlas))
+
+    def _groups(self, atlas: str) -> Tensor | None:
+        """(regions, groups) 0/1: networks of the atlas table, else clusters of the pretraining people's mean connectivity, else none."""
+        networks = self.atlases[atlas].networks
+        if any(networks):
+            names = sorted({name for name in networks if name})
+            return torch.tensor([[name == network for name in names] for network in networks], dtype=torch.float32)
+        mean = self.model.standardiser.get_buffer(f"mean_{atlas}").double().cpu().numpy()
+        if not mean.any():  # graph.standardise is off: no mean was kept
+            return None
+        count = round(len(mean) ** 0.5)
+        return torch.from_numpy(np.eye(count, dtype=np.float32)[fcluster(ward(mean), count, criterion="maxclust") - 1])

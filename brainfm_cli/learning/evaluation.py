@@ -1,0 +1,399 @@
+"""Every predictor on the same folds, then scores, intervals, paired differences, groups and audit of the pooled predictions."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import InputDatasetError, SettingsError
+from brainfm_cli.learning import audit, uncertainty
+from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold, check_forecast
+from brainfm_cli.learning.results import Difference, EvaluationResult, GroupScores, Metrics, Pooled, PredictorResult, Truth
+from brainfm_cli.learning.scores import METRICS, PRIMARY, Score, best_threshold, score, statistic
+from brainfm_cli.learning.splits import Fold, Split, inner_folds, refuse_pretrained
+from brainfm_cli.learning.statement import describe_design, state
+from brainfm_cli.learning.targets import Target, class_text
+from brainfm_cli.provenance import package_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from brainfm_cli.learning.kernels import Kernel
+
+log = logging.getLogger(__name__)
+_GROUP_METRICS = {"binary": ("auroc", "balanced_accuracy", "brier"), "multiclass": ("auroc", "balanced_accuracy", "brier"), "continuous": ("r2", "mae", "pearson_r")}  # fmt: skip
+
+
+class EvaluationSettings(Frozen):
+    """How pooled predictions are scored."""
+
+    bootstraps: int = Field(default=2000, ge=100)
+    """Resamples of people for intervals and paired differences."""
+    interval: Literal["percentile", "bca"] = "bca"
+    """Kind of bootstrap interval of scores; differences take percentiles."""
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    """Nominal coverage of intervals."""
+    permutations: int = Field(default=1000, ge=99)
+    """Permutations of held-out labels."""
+    strata: tuple[str, ...] = ("site",)
+    """Columns within which labels are permuted; absent ones are ignored."""
+    groups: tuple[str, ...] = ("site", "sex", "age")
+    """Columns by whose values scores are broken down; absent ones are ignored."""
+    age_bands: tuple[float, ...] = (6, 12, 18, 40, 65)
+    """Lower edges of age bands, years."""
+    inner_folds: int = Field(default=5, ge=2)
+    """Folds inside each training set, for penalties and thresholds."""
+    seed: int = 0
+    """Seed of inner folds, resamples and permutations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What stands around the numbers."""
+
+    table: pd.DataFrame
+    """Participant table: sites, sexes, ages, datasets."""
+    models: tuple[str, ...] = ()
+    """Names of predictors that are models; all others are floors."""
+    pools: Mapping[str, tuple[str, ...]] | None = None
+    """Name -> predictors whose predictions are averaged under it."""
+    kernels: Mapping[str, Kernel] | None = None
+    """Connectivity kernels, for the search for duplicate scans."""
+    pretrained: Collection[str] | None = None
+    """Hashes of the people that the models were pretrained on; none where no model states them."""
+    transductive: bool = False
+    """Allow pretraining people in the test set."""
+    truth: Truth | None = None
+    """Best possible scores of simulated data."""
+    notes: tuple[str, ...] = ()
+    """What the reader should know, e.g. left-out covariates."""
+
+
+def evaluate(
+    target: Target,
+    split: Split,
+    predictors: Mapping[str, Predictor],
+    context: Context,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Callable[[str, Fold], None] | None = None,
+) -> EvaluationResult:
+    """Run every predictor on every fold of ``split`` and score the pooled predictions of the test people.
+
+    Audits come first: a split that leaks is refused before anything is fitted.
+
+    Raises
+    ------
+    InputDatasetError
+        A leak, or test people that differ between repetitions.
+    SettingsError
+        Two predictors or pools share a name, or a pool names an unknown predictor.
+    """
+    settings = settings or EvaluationSettings()
+    pools = dict(context.pools or {})
+    _check_names(predictors, pools, context.models)
+    tested = split.tested
+    overlap = (
+        None
+        if context.pretrained is None
+        else refuse_pretrained(split, context.table, context.pretrained, transductive=context.transductive)
+    )
+    used = target.keep(split.table["participant_id"])
+    checks = (
+        audit.audit_scans(split, context.kernels or {}),
+        audit.audit_pretraining(overlap, len(tested)),
+        audit.audit_site(used, context.table),
+        audit.audit_size(target.keep(tested)),
+    )
+    forecasts, fold_of = _forecast(target, split, predictors, settings, progress)
+    people = target.keep(tested)
+    pooled = {name: _pool(people, split, parts) for name, parts in forecasts.items()}
+    for name, members in pools.items():
+        pooled[name] = _pool(people, split, [_mean([forecasts[member][index] for member in members]) for index in range(len(forecasts[members[0]]))])  # fmt: skip
+    models = [name for name in pooled if name in context.models]
+    order = models + [name for name in pooled if name not in models]
+    scorer = _Scorer(people, split, context.table, settings)
+    results = tuple(scorer.result(name, pooled[name], "model" if name in models else "floor", pools.get(name, ())) for name in order)
+    differences = tuple(scorer.difference(first, second, pooled) for first in models for second in order if second not in models)
+    metrics = Metrics(
+        target=target.name,
+        kind=target.kind,
+        classes=target.classes,
+        people=len(tested),
+        counts=people.counts(),
+        dropped=target.dropped,
+        design=describe_design(split),
+        repeats=split.repeats,
+        split_sha256=split.digest(),
+        cross_validated=split.cross_validated,
+        transductive_overlap=overlap or 0,
+        primary=PRIMARY[target.kind],
+        interval=f"{settings.level:.0%} bootstrap over participants, {'BCa' if settings.interval == 'bca' else 'percentile'}, {settings.bootstraps} resamples",
+        interval_caveat=uncertainty.COVERAGE_CAVEAT if split.cross_validated else None,
+        predictors=results,
+        differences=differences,
+        groups=scorer.groups({name: pooled[name] for name in _headline(order, pools)}),
+        audit=checks,
+        truth=context.truth,
+        statement=state(target, split, results, differences, transductive=overlap or 0),
+        notes=(*target.notes, *context.notes),
+        seed=settings.seed,
+        versions=package_versions(),
+    )
+    return EvaluationResult(
+        metrics=metrics,
+        split=split,
+        people=people.participants,
+        observed=people.observed,
+        fold_of=fold_of[:, _positions(tested, people.participants)],
+        pooled={name: pooled[name] for name in order},
+    )
+
+
+def _check_names(predictors: Mapping[str, Predictor], pools: Mapping[str, tuple[str, ...]], models: Sequence[str]) -> None:
+    twice = set(predictors) & set(pools)
+    unknown = [name for members in pools.values() for name in members if name not in predictors]
+    unknown += [name for name in models if name not in predictors and name not in pools]
+    if twice or unknown or not predictors:
+        what = (
+            f"'{min(twice)}' is a predictor and a pool"
+            if twice
+            else f"no predictor is called '{unknown[0]}'"
+            if unknown
+            else "nothing to evaluate"
+        )
+        raise SettingsError(what, fix="name each predictor and pool once")
+
+
+def _forecast(
+    target: Target,
+    split: Split,
+    predictors: Mapping[str, Predictor],
+    settings: EvaluationSettings,
+    progress: Callable[[str, Fold], None] | None,
+) -> tuple[dict[str, list[tuple[Fold, TrainingFold, Forecast]]], NDArray[np.int64]]:
+    """Every predictor's forecast of every fold, and the fold in which each person was tested."""
+    tested, groups = split.tested, split.groups
+    fold_of = np.zeros((split.repeats, len(tested)), dtype=np.int64)
+    forecasts: dict[str, list[tuple[Fold, TrainingFold, Forecast]]] = {name: [] for name in predictors}
+    for fold in split.folds():
+        fold_of[fold.repeat - 1, _positions(tested, fold.test)] = fold.fold
+        training = target.keep(fold.train)
+        seed = int(np.random.SeedSequence([settings.seed, fold.repeat, fold.fold]).generate_state(1)[0])
+        learnt = TrainingFold(
+            target=training,
+            inner=inner_folds(training, groups=groups, folds=settings.inner_folds, seed=seed),
+            repeat=fold.repeat,
+            fold=fold.fold,
+            seed=seed,
+        )
+        for name, predictor in predictors.items():
+            if progress is not None:
+                progress(name, fold)
+            forecasts[name].append((fold, learnt, check_forecast(name, predictor(learnt, fold.test), learnt, fold.test)))
+    if (fold_of == 0).any():
+        raise InputDatasetError("not everybody is tested in every repetition of the split", fix="make the split again")
+    return forecasts, fold_of
+
+
+def _mean(parts: list[tuple[Fold, TrainingFold, Forecast]]) -> tuple[Fold, TrainingFold, Forecast]:
+    fold, learnt, _ = parts[0]
+    forecasts = [forecast for _, _, forecast in parts]
+    inside = [forecast.train for forecast in forecasts if forecast.train is not None]
+    return fold, learnt, Forecast(
+        test=np.mean([forecast.test for forecast in forecasts], axis=0),
+        train=np.mean(inside, axis=0) if len(inside) == len(forecasts) else None,
+    )  # fmt: skip
+
+
+def _pool(people: Target, split: Split, parts: list[tuple[Fold, TrainingFold, Forecast]]) -> Pooled:
+    """One predictor's forecasts of all folds, in the order of ``people``, with decisions at the folds' thresholds."""
+    shape = (split.repeats, len(people.participants), *((len(people.classes),) if people.classes else ()))
+    predicted = np.full(shape, np.nan)
+    decided = np.zeros(shape[:2], dtype=np.int64) if people.classes else None
+    thresholds: list[float] = []
+    rule = "class of highest probability"
+    for fold, learnt, forecast in parts:
+        rows = people.rows(fold.test)
+        predicted[fold.repeat - 1, rows] = forecast.test
+        if decided is None:
+            continue
+        decided[fold.repeat - 1, rows] = forecast.test.argmax(1)
+        if people.kind == "binary" and forecast.train is not None and np.isfinite(forecast.train).any():
+            thresholds.append(best_threshold(learnt.labels, forecast.train[:, 1]))
+            decided[fold.repeat - 1, rows] = forecast.test[:, 1] >= thresholds[-1]
+            rule = "threshold of highest balanced accuracy on inner folds of the training people"
+    if not people.classes:
+        rule = ""
+    return Pooled(
+        predicted=predicted,
+        decided=decided,
+        thresholds=tuple(thresholds),
+        rule=rule,
+        choices=tuple(forecast.choices for _, _, forecast in parts),
+    )
+
+
+def _headline(order: Sequence[str], pools: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Predictors without the members of pools: one line per idea."""
+    members = {name for names in pools.values() for name in names}
+    return [name for name in order if name not in members]
+
+
+def _positions(order: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    place = {name: index for index, name in enumerate(order)}
+    return np.array([place[name] for name in names], dtype=np.int64)
+
+
+class _Scorer:
+    """Scores with intervals; the resamples are drawn once and shared, so that differences are paired."""
+
+    def __init__(self, people: Target, split: Split, table: pd.DataFrame, settings: EvaluationSettings) -> None:
+        self.people, self.settings = people, settings
+        self.table = table.loc[list(people.participants)]
+        groups = split.groups
+        self.units = np.array([groups[name] for name in people.participants])
+        weights_seed, self.permutation_seed = np.random.SeedSequence(settings.seed).spawn(2)
+        self.weights = uncertainty.resample_weights(self.units, settings.bootstraps, np.random.default_rng(weights_seed))
+        self.jackknife = uncertainty.leave_one_out_weights(self.units) if settings.interval == "bca" else None
+        columns = [column for column in settings.strata if column in self.table and column != people.name]
+        self.strata = self.table[columns].map(class_text).agg("|".join, axis=1).to_numpy() if columns else None
+
+    def result(self, name: str, pooled: Pooled, role: Literal["model", "floor"], members: tuple[str, ...]) -> PredictorResult:
+        """Every score of one predictor over everybody."""
+        names = {key for choice in pooled.choices for key in choice}
+        p = uncertainty.permutation_p(
+            self.people.kind,
+            self.people.observed,
+            pooled.predicted,
+            strata=self.strata,
+            permutations=self.settings.permutations,
+            rng=np.random.default_rng(self.permutation_seed),
+        )
+        return PredictorResult(
+            name=name,
+            role=role,
+            scores=self.scores(pooled, np.arange(len(self.units))),
+            thresholds=pooled.thresholds,
+            threshold_rule=pooled.rule,
+            permutation_p=p,
+            permutation_reason=None if p is not None else "labels do not vary within strata",
+            pooled_from=members,
+            choices={key: tuple(choice[key] for choice in pooled.choices if key in choice) for key in sorted(names)},
+        )
+
+    def scores(self, pooled: Pooled, rows: NDArray[np.int64], only: Sequence[str] = ()) -> dict[str, Score]:
+        """Scores of some people, averaged over repetitions, with intervals."""
+        kind, observed = self.people.kind, self.people.observed[rows]
+        repeats = range(len(pooled.predicted))
+        decided = [None if pooled.decided is None else pooled.decided[repeat, rows] for repeat in repeats]
+        points = [score(kind, observed, pooled.predicted[repeat, rows], decided[repeat]) for repeat in repeats]
+        result = {}
+        for metric in only or points[0]:
+            values = [point[metric].value for point in points]
+            if any(value is None for value in values):
+                result[metric] = next(point[metric] for point in points if point[metric].value is None)
+                continue
+            parts = [statistic(metric, kind, observed, pooled.predicted[repeat, rows], decided[repeat]) for repeat in repeats]
+            value = float(np.mean([value for value in values if value is not None]))
+            result[metric] = self._interval(metric, value, [part for part in parts if part is not None], rows)
+        return result
+
+    def _interval(self, metric: str, value: float, parts: list[uncertainty.Weighted], rows: NDArray[np.int64]) -> Score:
+        if not parts:
+            return Score(value=value, reason=f"no interval: the {METRICS[metric].label.lower()} is a fit of its own")
+        jackknife = None
+        if self.jackknife is not None:
+            touched = (self.jackknife[:, rows] == 0).any(1)
+            jackknife = self.jackknife[touched][:, rows]
+        found = uncertainty.interval(
+            uncertainty.averaged(parts),
+            self.weights[:, rows],
+            method=self.settings.interval,
+            level=self.settings.level,
+            jackknife=jackknife,
+        )
+        return Score(value=value, low=found.low, high=found.high, reason=found.reason)
+
+    def difference(self, first: str, second: str, pooled: Mapping[str, Pooled]) -> Difference:
+        """Paired difference of the primary score."""
+        kind, observed, metric = self.people.kind, self.people.observed, PRIMARY[self.people.kind]
+        weighted = []
+        for name in (first, second):
+            predicted, decided = pooled[name].predicted, pooled[name].decided
+            parts = [
+                statistic(metric, kind, observed, predicted[repeat], None if decided is None else decided[repeat])
+                for repeat in range(len(predicted))
+            ]
+            weighted.append(uncertainty.averaged([part for part in parts if part is not None]))
+        everyone = np.ones((1, len(observed)))
+        value = float(weighted[0](everyone)[0] - weighted[1](everyone)[0])
+        if not np.isfinite(value):
+            return Difference(first=first, second=second, metric=metric, value=None, reason="the score is undefined on these people")
+        resampled = uncertainty.over(weighted[0], self.weights) - uncertainty.over(weighted[1], self.weights)
+        found = uncertainty.interval(lambda _: resampled, self.weights[:1], method="percentile", level=self.settings.level)
+        p_delong = None
+        if kind == "binary":
+            stacked = np.stack([pooled[name].predicted[:, :, 1] for name in (first, second)])
+            p_delong = uncertainty.delong(observed.astype(np.int64), stacked).difference(0, 1)[2]
+        return Difference(
+            first=first,
+            second=second,
+            metric=metric,
+            value=value,
+            low=found.low,
+            high=found.high,
+            bootstrap_p=uncertainty.bootstrap_p(resampled),
+            delong_p=p_delong,
+            detectable=None if found.error is None else uncertainty.detectable_difference(found.error, level=1 - self.settings.level),
+            reason=found.reason,
+        )
+
+    def groups(self, pooled: Mapping[str, Pooled]) -> tuple[GroupScores, ...]:
+        """Scores by site, sex and age band; undefined ones say why."""
+        found = []
+        for column, level, rows in self._levels():
+            part = self.people.keep([self.people.participants[row] for row in rows])
+            for name, values in pooled.items():
+                scores = self.scores(values, rows, _GROUP_METRICS[self.people.kind])
+                found.append(GroupScores(column=column, level=level, people=len(rows), counts=part.counts(), predictor=name, scores=scores))
+        return tuple(found)
+
+    def _levels(self) -> list[tuple[str, str, NDArray[np.int64]]]:
+        levels = []
+        for column in self.settings.groups:
+            if column not in self.table or self.table[column].isna().all() or column == self.people.name:
+                continue
+            names = _age_bands(self.table[column], self.settings.age_bands) if column == "age" else self.table[column].map(class_text)
+            for level in dict.fromkeys(sorted(names, key=_band_order)):
+                levels.append((column, level or "unknown", np.flatnonzero(names == level)))
+        return levels
+
+
+def _age_bands(ages: pd.Series, edges: Sequence[float]) -> pd.Series:
+    """Age band of each person, as text; people without an age are unknown."""
+    numbers = pd.to_numeric(ages, errors="coerce")
+    names = [
+        f"under {edges[0]:g}",
+        *(f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)),
+        f"{edges[-1]:g} and over",
+    ]
+    return numbers.map(lambda age: "" if np.isnan(age) else names[int(np.searchsorted(edges, age, side="right"))])
+
+
+def _band_order(name: str) -> tuple[int, float, str]:
+    if name.startswith("under "):
+        return (0, 0.0, name)
+    first = name.split(" ", maxsplit=1)[0]
+    try:
+        return (1, float(first), name)
+    except ValueError:
+        return (2, 0.0, name)

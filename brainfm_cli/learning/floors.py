@@ -1,0 +1,332 @@
+"""What any model must beat, fitted on the same folds: majority, covariates, linear connectivity, support vectors.
+
+Everything is fitted inside the fold; what does not depend on it (Gram matrices) comes ready-made from
+:mod:`brainfm_cli.learning.kernels`. Penalties are chosen on inner folds by log-loss (classes) or squared error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.svm import SVC, SVR
+
+from brainfm_cli.config import Frozen
+from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold
+from brainfm_cli.learning.kernels import Kernel, connectivity_kernel, shared_atlases
+from brainfm_cli.learning.targets import Target, class_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from brainfm_cli.bids.cohort import Cohort
+
+FloorKind = Literal["majority", "covariates", "fisherz", "tangent", "svm"]
+LABELS = {"majority": "Majority", "covariates": "Motion, age, sex, site", "fisherz": "Linear, Fisher-z", "tangent": "Linear, tangent", "svm": "Linear SVM, Fisher-z"}  # fmt: skip
+# Attributes that may be the very definition of a target; site and motion never are: they stay, as confounds.
+_DEFINING = ("age", "sex")
+_NAMES = ("sex", "site", "dataset")
+_SEPARATOR = " · "
+
+
+class FloorSettings(Frozen):
+    """Which floors stand beside the model, and how they are tuned."""
+
+    kinds: tuple[FloorKind, ...] = ("majority", "covariates", "fisherz", "tangent", "svm")
+    """Floors to fit."""
+    covariates: tuple[str, ...] = ("mean_fd", "kept_fraction", "age", "sex", "site")
+    """Columns of the covariate floor; absent ones are named and left out."""
+    penalties: tuple[float, ...] = Field(default=(0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0), min_length=1)
+    """Inverse penalties C tried on inner folds, for features of mean squared norm 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floors:
+    """Floors ready for evaluation."""
+
+    predictors: dict[str, Predictor]
+    """By printed name."""
+    pools: dict[str, tuple[str, ...]]
+    """Name of a pooled floor -> the per-atlas floors whose predictions it averages."""
+    notes: tuple[str, ...]
+    """What was left out and why."""
+    kernels: dict[str, Kernel]
+    """Fisher-z kernel by atlas, for the leak audit."""
+
+
+def make_floors(cohort: Cohort, target: Target, table: pd.DataFrame, settings: FloorSettings | None = None) -> Floors:
+    """The floors of a cohort for one target; ``table`` is the participant table."""
+    settings = settings or FloorSettings()
+    predictors: dict[str, Predictor] = {}
+    pools: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    kernels: dict[str, Kernel] = {}
+    atlases, lacking = shared_atlases(cohort, target.participants)
+    if lacking:
+        notes.append(f"connectivity floors leave out {', '.join(lacking)}: not everybody has these series")
+    if "majority" in settings.kinds:
+        predictors[LABELS["majority"]] = majority
+    if "covariates" in settings.kinds:
+        columns, left_out = usable_covariates(target, table, settings.covariates)
+        notes += left_out
+        if columns:
+            predictors[LABELS["covariates"]] = CovariateFloor(table=_typed(table[columns]), penalties=settings.penalties)
+        else:
+            notes.append("the covariate floor has no column left and is not computed")
+    for kind in ("fisherz", "tangent", "svm"):
+        if kind not in settings.kinds:
+            continue
+        names = []
+        for atlas in atlases:
+            measure: Literal["fisherz", "tangent"] = "tangent" if kind == "tangent" else "fisherz"
+            kernel = kernels.get(atlas) if measure == "fisherz" else None
+            kernel = kernel or connectivity_kernel(cohort, target.participants, atlas, measure)
+            if measure == "fisherz":
+                kernels[atlas] = kernel
+            names.append(LABELS[kind] + (f"{_SEPARATOR}{atlas}" if len(atlases) > 1 else ""))
+            predictors[names[-1]] = (
+                SupportVectorFloor(kernel=kernel) if kind == "svm" else LinearFloor(kernel=kernel, penalties=settings.penalties)
+            )
+        if len(names) > 1:
+            pools[LABELS[kind]] = tuple(names)
+    return Floors(predictors=predictors, pools=pools, notes=tuple(notes), kernels=kernels)
+
+
+def majority(fold: TrainingFold, test: Sequence[str]) -> Forecast:
+    """The commonest class of the training people, or their mean, for everybody."""
+    if fold.target.kind == "continuous":
+        return Forecast(test=np.full(len(test), fold.target.observed.mean()))
+    # Certain of the commonest class: training frequencies differ between folds against the test people, which
+    # gives a pooled AUROC below one half to a rule that knows nothing.
+    classes = len(fold.target.classes)
+    commonest = np.bincount(fold.labels, minlength=classes).argmax()
+    return Forecast(test=np.tile(np.eye(classes)[commonest], (len(test), 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovariateFloor:
+    """Logistic or ridge regression on what is known without looking at the brain."""
+
+    table: pd.DataFrame
+    """Columns used, by participant."""
+    penalties: tuple[float, ...]
+    """Inverse penalties tried."""
+
+    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        """Imputation, scaling, coding and penalty from the training people."""
+        people, others = self.table.loc[list(fold.target.participants)], self.table.loc[list(test)]
+        model = "ridge" if fold.target.kind == "continuous" else "logistic"
+
+        def fitted(
+            rows: pd.DataFrame, observed: NDArray[np.float64], outside: pd.DataFrame, penalties: Sequence[float]
+        ) -> list[NDArray[np.float64]]:
+            prepare = _preparation(rows)
+            inputs, given = prepare.fit_transform(rows), prepare.transform(outside)
+            return [_fit(model, inputs, observed, value, exact=True)(given) for value in penalties]
+
+        def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+            return fitted(people.iloc[train], fold.target.observed[train], people.iloc[validation], self.penalties)
+
+        best, held_out = _choose(fold, path, self.penalties)
+        chosen = self.penalties[best]
+        return Forecast(test=fitted(people, fold.target.observed, others, [chosen])[0], train=held_out, choices={"C": chosen})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFloor:
+    """L2 logistic or ridge regression on connectivity, exact through the Gram matrix."""
+
+    kernel: Kernel
+    """Inner products of the features."""
+    penalties: tuple[float, ...]
+    """Inverse penalties tried, relative to a mean squared norm of 1."""
+
+    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        """Centre, scale and penalty from the training people."""
+        inside, outside = self.kernel.coordinates(fold.target.participants, test)
+        model = "ridge" if fold.target.kind == "continuous" else "logistic"
+
+        def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+            rows, others = rescaled(inside[train], inside[validation])
+            return _path(model, rows, fold.target.observed[train], others, self.penalties)
+
+        best, held_out = _choose(fold, path, self.penalties)
+        predict = _fit(model, inside, fold.target.observed, self.penalties[best], exact=True)
+        return Forecast(test=predict(outside), train=held_out, choices={"C": self.penalties[best]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportVectorFloor:
+    """Linear support vectors on connectivity; decision values become probabilities by Platt's fit on inner folds."""
+
+    kernel: Kernel
+    """Inner products of the features."""
+    penalties: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    """Inverse penalties tried, relative to a mean squared norm of 1."""
+
+    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        """Centre, scale, penalty and Platt's fit from the training people."""
+        inside, outside = self.kernel.coordinates(fold.target.participants, test)
+        if fold.target.kind == "continuous":
+            return self._regression(fold, inside, outside)
+        labels = fold.labels
+        decisions = np.full((len(self.penalties), len(labels), _columns(fold.target)), np.nan)
+        for train, validation in fold.inner:
+            rows, others = rescaled(inside[train], inside[validation])
+            for index, value in enumerate(self.penalties):
+                decisions[index, validation] = _decide(rows, labels[train], others, value)
+        fits = [LogisticRegression(C=1e4, max_iter=1000).fit(values, labels) for values in decisions]
+        losses = [log_loss(labels, platt.predict_proba(values)) for platt, values in zip(fits, decisions, strict=True)]
+        best = int(np.argmin(losses))
+        given = _decide(inside, labels, outside, self.penalties[best])
+        return Forecast(
+            test=fits[best].predict_proba(given), train=fits[best].predict_proba(decisions[best]), choices={"C": self.penalties[best]}
+        )
+
+    def _regression(self, fold: TrainingFold, inside: NDArray[np.float64], outside: NDArray[np.float64]) -> Forecast:
+        def fitted(
+            rows: NDArray[np.float64], values: NDArray[np.float64], others: NDArray[np.float64], penalty: float
+        ) -> NDArray[np.float64]:
+            centre, spread = values.mean(), values.std() or 1.0
+            machine = SVR(kernel="precomputed", C=penalty).fit(rows @ rows.T, (values - centre) / spread)
+            return machine.predict(others @ rows.T) * spread + centre
+
+        def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+            rows, others = rescaled(inside[train], inside[validation])
+            return [fitted(rows, fold.target.observed[train], others, value) for value in self.penalties]
+
+        best, held_out = _choose(fold, path, self.penalties)
+        return Forecast(
+            test=fitted(inside, fold.target.observed, outside, self.penalties[best]), train=held_out, choices={"C": self.penalties[best]}
+        )
+
+
+def rescaled(rows: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coordinates of an inner fold, centred on and scaled by its own training rows (mean squared norm 1)."""
+    centre = rows.mean(0)
+    scale = np.sqrt(np.mean(np.sum((rows - centre) ** 2, axis=1)))
+    return (rows - centre) / scale, (others - centre) / scale
+
+
+def usable_covariates(target: Target, table: pd.DataFrame, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(columns of the covariate floor, sentences on those left out).
+
+    Left out are columns that are absent, empty or constant, the target itself (also under another name), and age or
+    sex where they determine the target. This looks at everybody's labels, and only ever weakens the floor.
+    """
+    rows = table.loc[list(target.participants)]
+    columns, notes = [], []
+    for column in wanted:
+        if column not in rows:
+            notes.append(f"covariate floor without '{column}': no such column")
+        elif rows[column].isna().all():
+            notes.append(f"covariate floor without '{column}': nobody has a value")
+        elif len(set(rows[column].map(class_text))) == 1:
+            notes.append(f"covariate floor without '{column}': everybody has the same value")
+        elif column == target.name or _same(rows[column], target):
+            notes.append(f"covariate floor without '{column}': it is the target")
+        elif column in _DEFINING and _determines(rows[column], target):
+            notes.append(f"covariate floor without '{column}': it determines '{target.name}'")
+        else:
+            columns.append(column)
+    return columns, notes
+
+
+def _same(column: pd.Series, target: Target) -> bool:
+    if target.kind == "continuous":
+        return pd.api.types.is_numeric_dtype(column) and bool(np.array_equal(column.to_numpy(np.float64), target.observed))
+    return [class_text(value) for value in column] == [target.classes[int(index)] for index in target.observed]
+
+
+def _determines(column: pd.Series, target: Target) -> bool:
+    known = column.notna().to_numpy()
+    values, labels = column[known], target.observed[known]
+    if target.kind == "continuous":
+        if not pd.api.types.is_numeric_dtype(values) or values.nunique() < 3:
+            return False
+        return abs(float(np.corrcoef(values.to_numpy(np.float64), labels)[0, 1])) > 0.999
+    if not pd.api.types.is_numeric_dtype(values):
+        return bool(pd.Series(labels, index=values.index).groupby(values.map(class_text)).nunique().max() == 1)
+    spans = sorted((values[labels == index].min(), values[labels == index].max()) for index in np.unique(labels))
+    return all(above[0] > below[1] for below, above in itertools.pairwise(spans))
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Covariates as numbers or text: sites and sexes are never numbers, however they are coded."""
+    text = [name for name in table if name in _NAMES or not pd.api.types.is_numeric_dtype(table[name]) or table[name].dtype == bool]
+    return table.assign(**{str(name): table[name].map(class_text).astype(object) for name in text})
+
+
+def _preparation(rows: pd.DataFrame) -> ColumnTransformer:
+    numeric = [name for name in rows if pd.api.types.is_numeric_dtype(rows[name])]
+    number = make_pipeline(SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True), StandardScaler())
+    text = OneHotEncoder(handle_unknown="ignore")  # a site that the fold has not seen is no site
+    return ColumnTransformer(
+        [("numbers", number, numeric), ("texts", text, [name for name in rows if name not in numeric])], sparse_threshold=0
+    )
+
+
+def _choose(
+    fold: TrainingFold, path: Callable[[NDArray[np.int64], NDArray[np.int64]], list[NDArray[np.float64]]], penalties: Sequence[float]
+) -> tuple[int, NDArray[np.float64]]:
+    """(best position in ``penalties``, its inner out-of-fold predictions of the training people)."""
+    observed, classes = fold.target.observed, len(fold.target.classes)
+    held_out = np.full((len(penalties), len(observed), *((classes,) if classes else ())), np.nan)
+    for train, validation in fold.inner:
+        for index, values in enumerate(path(train, validation)):
+            held_out[index, validation] = values
+    if classes:
+        losses = [log_loss(fold.labels, values, labels=range(classes)) for values in held_out]
+    else:
+        losses = [float(np.mean((values - observed) ** 2)) for values in held_out]
+    best = int(np.argmin(losses))  # the first of equals: the strongest penalty
+    return best, held_out[best]
+
+
+def _path(
+    model: str, rows: NDArray[np.float64], observed: NDArray[np.float64], others: NDArray[np.float64], penalties: Sequence[float]
+) -> list[NDArray[np.float64]]:
+    """Predictions for ``others`` along the penalties, each logistic fit starting from the one before."""
+    if model == "ridge":
+        return [_fit(model, rows, observed, value, exact=False)(others) for value in penalties]
+    estimator = LogisticRegression(warm_start=True, tol=1e-6, max_iter=2000)
+    results = []
+    for value in penalties:
+        estimator.set_params(C=value).fit(rows, observed.astype(np.int64))
+        results.append(estimator.predict_proba(others))
+    return results
+
+
+def _fit(
+    model: str, rows: NDArray[np.float64], observed: NDArray[np.float64], penalty: float, *, exact: bool
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """A fitted model's prediction function."""
+    if model == "ridge":
+        return Ridge(alpha=1 / penalty).fit(rows, observed).predict
+    labels = observed.astype(np.int64)
+    # Newton converges to rounding; its Hessian grows with the number of classes squared.
+    newton = exact and labels.max() == 1
+    solver = {"solver": "newton-cholesky", "tol": 1e-12} if newton else {"solver": "lbfgs", "tol": 1e-8}
+    return LogisticRegression(C=penalty, max_iter=2000, **solver).fit(rows, labels).predict_proba
+
+
+def _decide(rows: NDArray[np.float64], labels: NDArray[np.int64], others: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    """(people, columns) decision values of a linear support vector machine."""
+    machine = SVC(kernel="precomputed", C=penalty, decision_function_shape="ovr").fit(rows @ rows.T, labels)
+    return machine.decision_function(others @ rows.T).reshape(len(others), -1)
+
+
+def _columns(target: Target) -> int:
+    return 1 if target.kind == "binary" else len(target.classes)

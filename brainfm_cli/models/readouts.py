@@ -1,0 +1,65 @@
+"""What the predicting head reads from connectivity, beside the encoder's embedding.
+
+A frozen encoder's embedding alone loses to linear models on connectivity (docs/results.md), so the head reads
+blocks side by side: the prompted embedding; the connectivity itself (Fisher z); its matrix logarithm, in which
+shifts add up (log-Euclidean: Arsigny 2006, Varoquaux 2010); and the same two between groups of regions. Which
+blocks count is weighed where the head is fitted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHRINKAGE = 0.1
+"""Share of the identity mixed into a correlation matrix before its logarithm; short runs make it singular."""
+_LARGEST_R = 0.999
+_SMALLEST_VARIANCE = 1e-3
+
+
+def connectivity_blocks(correlation: Tensor, present: Tensor, groups: Tensor | None) -> dict[str, Tensor]:
+    """Blocks of features of a batch of connectivity matrices, (batch, features) each.
+
+    Parameters
+    ----------
+    correlation
+        (batch, regions, regions) with zero diagonal; rows and columns of absent regions zero.
+    present
+        (batch, regions) bool.
+    groups
+        (regions, groups) 0/1: the group of each region; none leaves the group blocks out.
+
+    Returns
+    -------
+    ``edges``: Fisher z of the upper triangle. ``edges_log``: matrix logarithm. ``groups`` and ``groups_log``:
+    covariance of the groups' average series (mean connectivity within and between groups), and its logarithm.
+    Off-diagonal entries of ``_log`` blocks are times √2, so that distances are those between matrices. Absent
+    regions stand as uncorrelated with everything.
+    """
+    wide = correlation.double()
+    rows, columns = torch.triu_indices(*wide.shape[1:], offset=1, device=wide.device)
+    identity = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    blocks = {
+        "edges": torch.atanh(wide[:, rows, columns].clamp(-_LARGEST_R, _LARGEST_R)),
+        "edges_log": _logarithm((1 - SHRINKAGE) * wide + identity),
+    }
+    if groups is not None:
+        blocks |= _group_blocks(wide + torch.diag_embed(present.double()), present, groups.to(wide))
+    return {name: values.float() for name, values in blocks.items()}
+
+
+def _group_blocks(full: Tensor, present: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    members = present.to(groups)[:, :, None] * groups
+    count = members.sum(dim=1)
+    shares = members / count.clamp_min(1)[:, None, :]
+    pooled = shares.transpose(1, 2) @ full @ shares
+    rows, columns = torch.triu_indices(*pooled.shape[1:], device=full.device)
+    filled = pooled + torch.diag_embed((count == 0).to(pooled))  # an empty group has variance 1: its logarithm is zero
+    return {"groups": pooled[:, rows, columns], "groups_log": _logarithm(filled)}
+
+
+def _logarithm(matrices: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrices)
+    logarithm = (vectors * values.clamp_min(_SMALLEST_VARIANCE).log()[:, None, :]) @ vectors.transpose(1, 2)
+    rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
+    return logarithm[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0**0.5)
