@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from brainfm_cli.signals.confounds import cosine_basis, expand
 from brainfm_cli.simulation.anatomy import Anatomy, RegionMap, build_anatomy, find_atlases, map_regions, map_tissues
 from brainfm_cli.simulation.population import Person, Population, PopulationSettings, build_population, draw_person, stream
 from brainfm_cli.simulation.sources import PersonSources, Scan, draw_sources, region_series, voxel_series
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.atlases.catalogue import Atlas
-
-_HIGH_PASS_S = 128.0  # fMRIPrep's cut-off of the cosine basis
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +92,7 @@ def simulate_series(simulation: RestSimulation, index: int) -> PersonSeries:
     # Tissues first: what a person's confounds are must not depend on the atlases asked for.
     tissues, *series = region_series([simulation.tissues, *simulation.maps], drawn, rng, noise_gain=person.noise_gain)
     steady = slice(simulation.scan.non_steady_frames, None)
-    basis = _nuisance_basis(drawn.motion[steady], tissues[steady, :2], simulation.scan.repetition_time_s)
+    basis = _nuisance_basis(drawn.motion, tissues[:, :2], simulation.scan.repetition_time_s, first=simulation.scan.non_steady_frames)
     clean = [values[steady] - basis @ (basis.T @ values[steady]) for values in series]
     return PersonSeries(person=person, series=tuple(clean), mean_fd_mm=float(np.nanmean(drawn.displacement_mm)))
 
@@ -105,26 +104,19 @@ def simulate_voxels(simulation: RestSimulation, index: int) -> tuple[Person, Per
     return person, drawn, voxel_series(simulation.anatomy, drawn, rng, simulation.scan, noise_gain=person.noise_gain)
 
 
-def cosine_basis(frames: int, repetition_time_s: float) -> NDArray[np.float64]:
-    """(frames, terms) discrete cosines slower than 128 s, as fMRIPrep writes them."""
-    count = int(np.floor(2 * frames * repetition_time_s / _HIGH_PASS_S))
-    phase = (np.arange(frames) + 0.5) * np.pi / frames
-    return np.sqrt(2 / frames) * np.cos(phase[:, None] * np.arange(1, count + 1))
-
-
-def motion_expansion(motion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(frames, 24) parameters, differences, squares of both; the first difference is 0."""
-    change = np.vstack([np.zeros((1, motion.shape[1])), np.diff(motion, axis=0)])
-    return np.hstack([motion, change, motion**2, change**2])
-
-
 def _draw(simulation: RestSimulation, index: int) -> tuple[Person, PersonSources]:
     person = draw_person(simulation.population, index)
     return person, draw_sources(simulation.anatomy, person, simulation.population.seed, simulation.scan)
 
 
-def _nuisance_basis(motion: NDArray[np.float64], tissues: NDArray[np.float32], repetition_time_s: float) -> NDArray[np.float32]:
-    frames = len(motion)
-    design = np.hstack([np.ones((frames, 1)), cosine_basis(frames, repetition_time_s), motion_expansion(motion), tissues])
+def _nuisance_basis(
+    motion: NDArray[np.float64], tissues: NDArray[np.float32], repetition_time_s: float, *, first: int
+) -> NDArray[np.float32]:
+    """(steady frames, terms) orthonormal: what ``parcellate`` regresses by default, the mean included."""
+    steady = len(motion) - first
+    expanded = np.column_stack([column for index in range(6) for column in expand("", motion[:, index]).values()])
+    expanded[0] = np.where(np.isnan(expanded[0]), expanded[1], expanded[0])  # as nilearn fills the first difference
+    design = np.hstack([np.ones((steady, 1)), cosine_basis(steady, repetition_time_s), expanded[first:], tissues[first:]])
+    design[:, 1:] -= design[:, 1:].mean(0)
     basis, triangle = np.linalg.qr(design / np.maximum(np.linalg.norm(design, axis=0), 1e-12))
     return basis[:, np.abs(np.diag(triangle)) > 1e-9].astype(np.float32)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import fft, linalg, signal, special
 
+from brainfm_cli.signals.confounds import FD_RADIUS_MM, framewise_displacement
 from brainfm_cli.simulation.population import stream
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     from brainfm_cli.simulation.anatomy import Anatomy, RegionMap
     from brainfm_cli.simulation.population import Person
-
-MOTION_COLUMNS = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
-HEAD_RADIUS_MM = 50.0
 
 # SDs as a share of the mean intensity.
 _NODE_SD, _LOCAL_SD, _THERMAL_SD = 0.008, 0.010, 0.010
@@ -51,7 +49,7 @@ class PersonSources:
     sources: NDArray[np.float32]
     """(frames, nodes + local + 7 motion + 3 tissues), the columns of :attr:`RegionMap.sources`."""
     motion: NDArray[np.float64]
-    """(frames, 6) millimetres and radians, :data:`MOTION_COLUMNS`."""
+    """(frames, 6) millimetres and radians, in the order of :data:`brainfm_cli.signals.confounds.MOTION`."""
     displacement_mm: NDArray[np.float64]
     """(frames,) framewise displacement (Power 2012), nan in the first frame."""
 
@@ -109,12 +107,6 @@ def voxel_series(anatomy: Anatomy, drawn: PersonSources, rng: np.random.Generato
     return series
 
 
-def framewise_displacement(motion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(frames,) sum of absolute changes, rotations as arcs on a 50 mm sphere (Power 2012); nan in the first frame."""
-    step = np.abs(np.diff(motion, axis=0))
-    return np.concatenate([[np.nan], step[:, :3].sum(1) + HEAD_RADIUS_MM * step[:, 3:].sum(1)])
-
-
 def rest_noise(rng: np.random.Generator, count: int, scan: Scan) -> NDArray[np.float32]:
     """(frames, count) independent Gaussian series of unit variance with the spectrum of rest."""
     length, amplitude = _amplitudes(scan.frames, scan.repetition_time_s)
@@ -150,7 +142,7 @@ def rest_power(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _motion(rng: np.random.Generator, mean_fd_mm: float, frames: int) -> NDArray[np.float64]:
     """(frames, 6) head motion whose mean framewise displacement is the planned one."""
-    scale = np.array([0.6, 0.8, 1.0, 0.9 / HEAD_RADIUS_MM, 0.6 / HEAD_RADIUS_MM, 0.6 / HEAD_RADIUS_MM])
+    scale = np.array([0.6, 0.8, 1.0, 0.9 / FD_RADIUS_MM, 0.6 / FD_RADIUS_MM, 0.6 / FD_RADIUS_MM])
     wander = signal.lfilter([1.0], [1.0, -0.97], rng.normal(size=(frames, 6)), axis=0) - 0.4 * rng.normal(size=(frames, 6))
     jerks = (rng.random(frames) < 0.03)[:, None] * rng.normal(size=(frames, 6)) * 6.0
     motion = (wander + signal.lfilter([1.0], [1.0, -0.7], jerks, axis=0)) * scale

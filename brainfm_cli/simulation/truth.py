@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from brainfm_cli.bids.cohort import Cohort
     from brainfm_cli.simulation.anatomy import RegionMap
-    from brainfm_cli.simulation.population import Disorder, Population
-    from brainfm_cli.simulation.rest import RestSimulation
+    from brainfm_cli.simulation.population import Disorder, Person, Population
+    from brainfm_cli.simulation.rest import PersonSeries, RestSimulation
 
 COUPLING_NAMES = tuple(coupling_name(pair) for pair in COUPLINGS)
 _ROWS, _COLUMNS = np.triu_indices(len(YEO_NETWORKS))
@@ -64,6 +64,25 @@ def measure_couplings(series: NDArray, shares: NDArray[np.float64]) -> NDArray[n
 def latent_couplings(coupling: NDArray[np.float64]) -> NDArray[np.float64]:
     """(28,) a person's true couplings, in the order of :data:`COUPLING_NAMES`."""
     return coupling[_ROWS, _COLUMNS]
+
+
+class Couplings:
+    """The 28 couplings of people as they are simulated, so that no series need be kept or read again."""
+
+    def __init__(self, simulation: RestSimulation) -> None:
+        self._shares = {region_map.label: network_shares(region_map) for region_map in simulation.maps}
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add(self, participant: str, seen: PersonSeries) -> Person:
+        """Measure one person in every atlas; gives the person back."""
+        for (label, shares), series in zip(self._shares.items(), seen.series, strict=True):
+            self._rows.append((participant, label, *measure_couplings(series, shares)))
+        return seen.person
+
+    def table(self) -> pd.DataFrame:
+        """As :func:`attainable_features`: one row per participant and atlas."""
+        table = pd.DataFrame(self._rows, columns=["participant_id", "atlas", *COUPLING_NAMES])
+        return table.sort_values("atlas", key=lambda labels: labels.map(list(self._shares).index), kind="stable", ignore_index=True)
 
 
 def attainable_features(cohort: Cohort, truth: Mapping[str, Any]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,25 +11,27 @@ from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from brainfm_cli.atlases.catalogue import find_atlas
-from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter
+from brainfm_cli.bids.cohort import CohortAtlas, CohortWriter
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text, write_tsv
-from brainfm_cli.bids.names import BIDSIGNORE
+from brainfm_cli.bids.images import sidecar, write_image, write_series
+from brainfm_cli.bids.names import BIDSIGNORE, OUTPUTS, output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
 from brainfm_cli.simulation.anatomy import TEMPLATE
+from brainfm_cli.simulation.fmriprep import brain_mask, simulate_run, volumes
 from brainfm_cli.simulation.population import CONTROL, DISORDER_NAMES, PopulationSettings
 from brainfm_cli.simulation.rest import build_rest, simulate_series
 from brainfm_cli.simulation.sources import Scan
-from brainfm_cli.simulation.truth import attainable_features, build_truth, network_shares
+from brainfm_cli.simulation.truth import Couplings, build_truth
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from brainfm_cli.config import Invocation
     from brainfm_cli.simulation.population import Person, Population
     from brainfm_cli.simulation.rest import RestSimulation
 
 DATASET = "simulated"
+TASK = "rest"
+Datasets = tuple[tuple[str, Path], ...]
 _COLUMNS = {
     "age": {"Description": "Age", "Units": "year"},
     "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
@@ -103,25 +106,81 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
 
 
 def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
-    arguments = {"root": root, "settings": settings, "datasets": datasets}
-    return [Unit(name="group", inputs=(), work=write_series, arguments=arguments)]
+    common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
+    if settings.level == "series":
+        return [Unit(name="group", inputs=(), work=write_cohort, arguments=common)]
+    people = [
+        Unit(name=f"sub-{_label(settings, index)}", inputs=(), work=write_person, arguments={**common, "index": index})
+        for index in _indices(settings)
+    ]
+    return [*people, Unit(name="group", inputs=(), work=write_group, arguments=common)]
 
 
-def write_series(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> UnitResult:
+def write_person(root: Path, settings: SimulateSettings, datasets: Datasets, index: int) -> UnitResult:
+    """Write one person's image, mask and confounds, named as fMRIPrep names them."""
+    simulation = _build(settings, datasets)
+    run = simulate_run(simulation, index)
+    anatomy = simulation.anatomy
+    resolution = f"{settings.resolution_mm:g}"
+    entities = {"sub": _label(settings, index), "task": TASK}
+    in_template = {**entities, "space": TEMPLATE, "res": resolution.replace(".", "p")}
+    folder = root / f"sub-{_label(settings, index)}" / OUTPUTS["preproc_bold"].folder
+    image, mask, table = (
+        folder / output_name(kind, where)
+        for kind, where in (("preproc_bold", in_template), ("brain_mask", in_template), ("confounds", entities))
+    )
+    grid = {"Resolution": f"{resolution} mm isotropic", "SpatialReference": TEMPLATE}
+    described = {
+        "TaskName": TASK,
+        "RepetitionTime": settings.repetition_time_s,
+        "StartTime": 0.0,
+        "SliceTimingCorrected": False,
+        "SkullStripped": True,
+        **grid,
+    }
+    outputs = (
+        write_series(
+            image,
+            volumes(anatomy, run.series),
+            num_frames=settings.frames,
+            shape=anatomy.shape,
+            affine=anatomy.affine,
+            repetition_time_s=settings.repetition_time_s,
+            space="template",
+        ),
+        write_json(sidecar(image), described),
+        write_image(mask, brain_mask(anatomy), anatomy.affine, space="template"),
+        write_json(sidecar(mask), {"Type": "Brain", **grid}),
+        write_tsv(table, run.confounds),
+        write_json(sidecar(table), run.descriptions),
+    )
+    return UnitResult(outputs=outputs, seed=settings.seed)
+
+
+def write_group(root: Path, settings: SimulateSettings, datasets: Datasets) -> UnitResult:
+    """Write the tables and the truth of people whose images others write: each person's series are drawn again."""
+    simulation = _build(settings, datasets)
+    couplings = Couplings(simulation)
+    people = [couplings.add(_label(settings, index), simulate_series(simulation, index)) for index in _indices(settings)]
+    outputs = _write_tables(root, settings, simulation, _participants(settings, people), couplings.table())
+    return UnitResult(outputs=outputs, seed=settings.seed)
+
+
+def write_cohort(root: Path, settings: SimulateSettings, datasets: Datasets) -> UnitResult:
     """Write the packed cohort, the tables and the truth: one person at a time, so that memory does not grow with people."""
     simulation = _build(settings, datasets)
-    people: list[Person] = []
+    couplings, people = Couplings(simulation), []
     with CohortWriter(root / "cohort") as writer:
         for atlas in simulation.atlases:
             writer.add_atlas(CohortAtlas(label=atlas.label, regions=atlas.regions, template=TEMPLATE))
         for index in _indices(settings):
             seen = simulate_series(simulation, index)
-            people.append(seen.person)
+            people.append(couplings.add(_label(settings, index), seen))
             row = {
                 "dataset": DATASET,
                 "participant": _label(settings, index),
                 "session": "",
-                "run": "task-rest",
+                "run": f"task-{TASK}",
                 "site": seen.person.site,
                 "repetition_time": settings.repetition_time_s,
                 "mean_fd": seen.mean_fd_mm,
@@ -131,10 +190,7 @@ def write_series(root: Path, settings: SimulateSettings, datasets: dict[str, Pat
                 writer.add_run(atlas.label, series, row)
         table = _participants(settings, people)
         outputs = writer.finish(table.set_index("participant_id"), _COLUMNS)
-    cohort = Cohort.open(root / "cohort")
-    shares = {region_map.label: {"network_shares": network_shares(region_map)} for region_map in simulation.maps}
-    planted = attainable_features(cohort, {"atlases": shares})
-    return UnitResult(outputs=(*outputs, *_write_tables(root, settings, simulation, table, planted)), seed=settings.seed)
+    return UnitResult(outputs=(*outputs, *_write_tables(root, settings, simulation, table, couplings.table())), seed=settings.seed)
 
 
 def _write_tables(
@@ -151,7 +207,9 @@ def _write_tables(
     )
 
 
-def _build(settings: SimulateSettings, datasets: Mapping[str, Path]) -> RestSimulation:
+@lru_cache(maxsize=1)
+def _build(settings: SimulateSettings, datasets: Datasets) -> RestSimulation:
+    """Built once per process: a worker writes many people."""
     scan = Scan(frames=settings.frames, repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames)
     return build_rest(
         settings.population,
@@ -160,7 +218,7 @@ def _build(settings: SimulateSettings, datasets: Mapping[str, Path]) -> RestSimu
         scan=scan,
         resolution_mm=settings.resolution_mm,
         atlases=settings.atlases,
-        datasets=datasets,
+        datasets=dict(datasets),
     )
 
 

@@ -1,0 +1,124 @@
+"""Write NIfTI images: volume by volume, whole or not at all, and the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from brainfm_cli.bids.derivatives import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+Space = Literal["scanner", "template"]
+_FORM_CODES: dict[Space, int] = {"scanner": 1, "template": 4}
+_VECTORS = "vector"
+
+
+def write_image(
+    path: Path, data: NDArray[Any], affine: NDArray[np.float64], *, space: Space = "scanner", dtype: np.dtype | type | None = None
+) -> Path:
+    """Write one (x, y, z) image; gives back the path.
+
+    Parameters
+    ----------
+    affine
+        (4, 4) voxels to millimetres, RAS.
+    dtype
+        Type on disk, unset for the data's own. Numbers are rounded and clipped for integer types.
+    """
+    return _write(path, [data], data.shape, affine, space=space, dtype=np.dtype(dtype or data.dtype))
+
+
+def write_series(
+    path: Path,
+    volumes: Iterable[NDArray[Any]],
+    *,
+    num_frames: int,
+    shape: Sequence[int],
+    affine: NDArray[np.float64],
+    repetition_time_s: float,
+    space: Space = "scanner",
+    dtype: np.dtype | type = np.int16,
+) -> Path:
+    """Write a 4-D series from its volumes, of which one at a time is held; gives back the path."""
+    return _write(
+        path, volumes, (*shape, num_frames), affine, space=space, dtype=np.dtype(dtype), repetition_time_s=repetition_time_s
+    )  # fmt: skip
+
+
+def write_displacements(path: Path, field: NDArray[np.floating], affine: NDArray[np.float64]) -> Path:
+    """Write a (x, y, z, 3) displacement field as ITK and ANTs read it; gives back the path.
+
+    ``field`` is in RAS millimetres, as everything here; the file counts left and posterior positive, as ITK does.
+    """
+    vectors = (field * np.array([-1.0, -1.0, 1.0])).astype(np.float32)
+    volumes = [vectors[..., axis] for axis in range(3)]
+    return _write(path, volumes, (*field.shape[:3], 1, 3), affine, space="scanner", dtype=np.dtype(np.float32), intent=_VECTORS)
+
+
+def sidecar(path: Path) -> Path:
+    """The JSON that belongs to a data file."""
+    return path.with_name(f"{path.name.partition('.')[0]}.json")
+
+
+def _write(
+    path: Path,
+    volumes: Iterable[NDArray[Any]],
+    shape: Sequence[int],
+    affine: NDArray[np.float64],
+    *,
+    space: Space,
+    dtype: np.dtype,
+    repetition_time_s: float = 0.0,
+    intent: str = "none",
+) -> Path:
+    header = _header(shape, affine, space, dtype, repetition_time_s, intent)
+    with atomic_path(path) as temporary, _compressed(temporary, compress=path.name.endswith(".gz")) as stream:
+        stream.write(header)
+        for volume in volumes:
+            stream.write(_stored(volume, dtype).tobytes(order="F"))
+    return path
+
+
+def _header(
+    shape: Sequence[int], affine: NDArray[np.float64], space: Space, dtype: np.dtype, repetition_time_s: float, intent: str
+) -> bytes:
+    from nibabel.nifti1 import Nifti1Header
+
+    header = Nifti1Header()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(tuple(shape))
+    header.set_qform(affine, _FORM_CODES[space])
+    header.set_sform(affine, _FORM_CODES[space])
+    header["pixdim"][4] = repetition_time_s
+    header.set_xyzt_units("mm", "sec")
+    header.set_intent(intent)
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = 352
+    return bytes(header.binaryblock) + b"\0\0\0\0"  # no extension follows
+
+
+def _stored(volume: NDArray[Any], dtype: np.dtype) -> NDArray[Any]:
+    if dtype.kind in "iu" and volume.dtype.kind == "f":
+        limits = np.iinfo(dtype)
+        return np.clip(np.rint(volume), limits.min, limits.max).astype(dtype)
+    return volume.astype(dtype, copy=False)
+
+
+@contextlib.contextmanager
+def _compressed(path: Path, *, compress: bool) -> Iterator[IO[bytes]]:
+    from isal import igzip
+
+    with path.open("wb") as file:
+        if not compress:
+            yield file
+            return
+        # No name and no time in the gzip header, so that repeats are equal byte for byte.
+        with igzip.IGzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:
+            yield stream
