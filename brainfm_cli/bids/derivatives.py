@@ -159,7 +159,7 @@ class OutputDataset:
                 raise InputNotFoundError("the input folder does not exist", where=source, fix="check the path")
             if root.resolve() == source.resolve() and command != "simulate":
                 raise OutputError("output and input are the same folder", where=root, fix="choose another OUTPUT_DIR")
-        chained = digest_of([command, settings.digest(), [value for source in sources if (value := input_configuration_hash(source))]])
+        chained = chained_hash(command, settings, sources)
         description = _description(root, command, chained, sources, dataset_type)
         existing = root / "dataset_description.json"
         for folder in (root, root / "logs", record_path(root, "any").parent):
@@ -177,6 +177,11 @@ class OutputDataset:
     def write_record(self, record: UnitRecord) -> Path:
         """Write a unit's completion record, after all its outputs."""
         return write_text(record_path(self.root, record.unit), record.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+
+def chained_hash(command: str, settings: Settings, sources: Sequence[Path]) -> str:
+    """Hash of a command's settings, chained to the hashes of the derivatives it reads."""
+    return digest_of([command, settings.digest(), [value for source in sources if (value := input_configuration_hash(source))]])
 
 
 def _description(root: Path, command: str, chained: str, sources: Sequence[Path], dataset_type: str) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def _description(root: Path, command: str, chained: str, sources: Sequence[Path]
         "License": "inherits the licence of the source data",
         "GeneratedBy": [generated],
         "SourceDatasets": [{"URL": _uri(source, root)} for source in sources],
-        "DatasetLinks": {_link_name(source, index): _uri(source, root) for index, source in enumerate(sources)},
+        "DatasetLinks": {link_name(source, index): _uri(source, root) for index, source in enumerate(sources)},
     }
 
 
@@ -208,7 +213,8 @@ def _uri(source: Path, root: Path) -> str:
     return Path(os.path.relpath(source.resolve(), root.resolve())).as_posix()
 
 
-def _link_name(source: Path, index: int) -> str:
+def link_name(source: Path, index: int) -> str:
+    """Name of a source in ``DatasetLinks``, and so in BIDS URIs: ``bids:<name>:sub-01/…``."""
     name = "".join(character for character in source.resolve().name if character.isalnum())
     return name or f"input{index}"
 
