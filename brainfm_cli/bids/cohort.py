@@ -113,6 +113,11 @@ class Cohort:
         """(frames, regions) float32 view of one index row's series, on disk until it is used."""
         return self._stores[row.atlas][row.offset : row.offset + row.frames]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the cohort, sorted."""
+        return tuple(sorted(path for path in self.root.iterdir() if path.is_file() and not path.name.startswith(".")))
+
     @cached_property
     def _stores(self) -> dict[str, np.ndarray]:
         return {label: np.load(self.root / f"atlas-{label}.npy", mmap_mode="r") for label in self.atlases}

@@ -19,11 +19,11 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from brainfm_cli.bids.cohort import CohortAtlas
-from brainfm_cli.bids.derivatives import atomic_path
+from brainfm_cli.bids.derivatives import write_bytes
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError
 
@@ -55,6 +55,10 @@ class ModelConfig(Frozen):
     """Settings of the system, with its ``kind``."""
     atlases: dict[str, AtlasRecord] = {}
     """Atlases the model knows, by label."""
+    pretraining: dict[str, Any] = {}
+    """How it was pretrained, from which pretraining can be repeated on other people."""
+    tuning: dict[str, Any] = {}
+    """Target and settings of prompt-tune; empty for a model that was only pretrained."""
 
     def to_yaml(self) -> str:
         """The configuration as YAML."""
@@ -133,9 +137,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Write tensors atomically; the same values give the same bytes."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}, temporary)
-    return path
+    # through bytes: save_file makes files that only their owner may read, which a shared model folder must not have
+    return write_bytes(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}))
 
 
 def optimiser_moments(optimiser: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -298,5 +298,9 @@ def _moved(record: Any, device: torch.device) -> Any:  # noqa: ANN401  (any froz
     moved = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        moved[field.name] = value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        if isinstance(value, Tensor):
+            value = value.to(device, non_blocking=True)  # noqa: PLW2901
+        elif isinstance(value, Windows):
+            value = value.to(device)  # noqa: PLW2901
+        moved[field.name] = value
     return replace(record, **moved)

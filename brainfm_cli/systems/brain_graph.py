@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ PRESETS: dict[str, EncoderShape] = {
     "small": EncoderShape(width=128, num_heads=4, feedforward=256, num_layers=2),
     "tiny": EncoderShape(width=64, num_heads=4, feedforward=128, num_blocks=2, num_layers=1),
 }
+_SMALLEST_SPREAD = 1e-4  # an edge without spread tells nothing, and dividing by it would blow noise up
 _HIDE_FIRST, _HIDE_SECOND, _DROP, _NOISE, _NON_EDGES = range(5)  # streams of the hashed random numbers
 
 
@@ -175,6 +176,48 @@ class BrainGraph:
         losses = self.settings.losses
         return {"node": losses.node, "edge": losses.edge, "contrast": losses.contrast, "cross_atlas": losses.cross_atlas}
 
+    @property
+    def min_frames(self) -> int:
+        """Frames of the shortest window."""
+        return self.settings.graph.min_frames
+
+    @property
+    def cross_atlas_probability(self) -> float:
+        """Share of batches with a view in another atlas."""
+        return self.settings.losses.cross_atlas_probability if self.settings.losses.cross_atlas > 0 else 0.0
+
+    @torch.no_grad()
+    def fit_normalisation(self, windows: Iterable[Windows]) -> dict[str, Any]:
+        """Mean and spread of every edge over whole scans, absent regions left out; a summary per atlas.
+
+        An edge that fewer than two scans have keeps mean 0 and spread 1.
+        """
+        if not self.settings.graph.standardise:
+            return {}
+        sums: dict[str, list[Tensor]] = {}
+        for batch in windows:
+            graph = self._raw_graphs(batch)
+            there = (graph.present[:, :, None] & graph.present[:, None, :]).double()
+            values = graph.features.double() * there
+            part = [there.sum(0), values.sum(0), values.square().sum(0)]
+            sums[batch.atlas] = [old + new for old, new in zip(sums[batch.atlas], part, strict=True)] if batch.atlas in sums else part
+        summary = {}
+        for label, (count, first, second) in sorted(sums.items()):
+            mean = first / count.clamp_min(1)
+            scale = (second / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+            usable = (count >= 2) & (scale > _SMALLEST_SPREAD)
+            mean, scale = torch.where(count >= 2, mean, 0.0), torch.where(usable, scale, 1.0)
+            self.model.standardiser.set(label, mean.float(), scale.float())
+            off = ~torch.eye(len(mean), dtype=torch.bool)
+            summary[label] = {
+                "scans": int(count.max()),
+                "edges": self.settings.graph.connectivity,
+                "mean": round(float(mean[off].mean()), 6),
+                "spread": round(float(scale[off].mean()), 6),
+                "tensors": [f"standardiser.mean_{label}", f"standardiser.scale_{label}"],
+            }
+        return summary
+
     def check_atlas(self, atlas: CohortAtlas) -> None:
         """Refuse an atlas that the model was not made for.
 
@@ -209,18 +252,20 @@ class BrainGraph:
 
     def graphs(self, windows: Windows) -> Graphs:
         """Standardised graphs of a batch of windows, on the windows' device."""
-        graph = self.settings.graph
         with torch.no_grad():
-            made = build_graphs(
-                windows.atlas,
-                windows.series,
-                windows.frames,
-                connectivity=graph.connectivity,
-                edges=graph.edges,
-                density=graph.density,
-                threshold=graph.threshold,
-            )
-            return self.model.standardiser(made)
+            return self.model.standardiser(self._raw_graphs(windows))
+
+    def _raw_graphs(self, windows: Windows) -> Graphs:
+        graph = self.settings.graph
+        return build_graphs(
+            windows.atlas,
+            windows.series,
+            windows.frames,
+            connectivity=graph.connectivity,
+            edges=graph.edges,
+            density=graph.density,
+            threshold=graph.threshold,
+        )
 
     @torch.no_grad()
     def embed(self, series: Sequence[np.ndarray], atlas: str, *, batch_size: int = 32) -> np.ndarray:

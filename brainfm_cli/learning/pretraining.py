@@ -1,0 +1,277 @@
+"""Pretrain a system on some people of a packed cohort: the one way, used by ``pretrain`` and by every outer fold of ``predict``.
+
+The same people, settings and seed give the same weights, whether the run was killed in between or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch.utils.data import Dataset
+
+from brainfm_cli.bids.cohort import Cohort
+from brainfm_cli.bids.derivatives import write_json, write_text
+from brainfm_cli.config import Execution, Settings
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, write_tensors
+from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
+from brainfm_cli.learning.samples import (
+    PretrainBatch,
+    PretrainSamples,
+    Scan,
+    Windows,
+    hold_out,
+    list_scans,
+    participant_hash,
+    plan_epoch,
+    shard,
+    whole_scans,
+)
+from brainfm_cli.provenance import package_versions
+
+_NORMALISATION_BATCH = 16
+
+
+class PretrainingSettings(Settings):
+    """Who trains, how long, and how."""
+
+    where: dict[str, tuple[str, ...]] = {}
+    """Columns of participants.tsv and the values that people must have, e.g. {split: [discovery]}."""
+    atlases: tuple[str, ...] = ()
+    """Atlases of the cohort to train on; all where empty."""
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of people held out to choose the epoch; 0 takes the last."""
+    epochs: int = Field(default=50, ge=1)
+    """Passes over the data: every scan once in each of its atlases."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps to stop after, whatever the epochs."""
+    batch_size: int = Field(default=32, ge=2)
+    """Scans per batch, over all ranks."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches per optimiser step."""
+    patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better validation loss before training stops; never where unset."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Optimiser steps between saved states (and at most five minutes)."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between rows of the log."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of first weights, windows, masks, dropout and of who is held out."""
+    optimiser: OptimiserSettings = OptimiserSettings()
+    """Learning rate and decay."""
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """What the training loop needs to know."""
+        return TrainingPlan(
+            epochs=self.epochs,
+            steps=self.steps,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            patience=self.patience,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+            optimiser=self.optimiser,
+        )
+
+
+class Pretrainable(Trainable, Protocol):
+    """What pretraining needs of a system beside its losses."""
+
+    @property
+    def min_frames(self) -> int:
+        """Frames of the shortest window."""
+
+    @property
+    def cross_atlas_probability(self) -> float:
+        """Share of batches with a view in another atlas."""
+
+    def fit_normalisation(self, windows: Iterable[Windows]) -> dict[str, Any]:
+        """Take over the statistics of the training people's whole scans; gives back a summary of plain values."""
+
+
+class SystemFactory(Protocol):
+    """Settings of a system, from which a new model is built."""
+
+    def build(self, atlases: Mapping[str, AtlasRecord]) -> Any:  # noqa: ANN401  (a Pretrainable)
+        """A model with fresh weights."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """The settings as plain values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortBatches:
+    """Batches of a cohort's scans, as the training loop wants them."""
+
+    cohort: Cohort
+    """Where the series are."""
+    scans: tuple[Scan, ...]
+    """Scans that train."""
+    validation_scans: tuple[Scan, ...]
+    """Scans that choose the epoch."""
+    batch_size: int
+    """Scans per batch."""
+    seed: int
+    """Of order and windows."""
+    min_frames: int
+    """Frames of the shortest window."""
+    cross_atlas: float
+    """Share of batches with a view in another atlas."""
+
+    @cached_property
+    def num_batches(self) -> int:
+        """Batches per epoch."""
+        return len(plan_epoch(self.scans, batch_size=self.batch_size, seed=self.seed, epoch=0, shuffle=False))
+
+    def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[PretrainBatch]:
+        """One epoch of this rank's batches."""
+        plans = plan_epoch(self.scans, batch_size=self.batch_size, seed=self.seed, epoch=epoch, cross_atlas=self.cross_atlas)
+        return self._samples(self.scans, plans, rank, world_size)
+
+    def validation(self, *, rank: int, world_size: int) -> Dataset[PretrainBatch] | None:
+        """The same batches, windows and masks in every epoch."""
+        if not self.validation_scans:
+            return None
+        plans = plan_epoch(
+            self.validation_scans, batch_size=self.batch_size, seed=self.seed, epoch=0, cross_atlas=self.cross_atlas, shuffle=False
+        )
+        return self._samples(self.validation_scans, plans, rank, world_size)
+
+    def _samples(self, scans: Sequence[Scan], plans: Sequence[Any], rank: int, world_size: int) -> PretrainSamples:
+        mine = [shard(plan, rank=rank, world_size=world_size) for plan in plans]
+        return PretrainSamples(self.cohort, scans, mine, seed=self.seed, min_frames=self.min_frames)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A pretraining that is ready to start."""
+
+    system: Any
+    """A Pretrainable with fresh weights."""
+    config: ModelConfig
+    """What config.yaml will hold."""
+    source: CohortBatches
+    """The batches."""
+    training: tuple[str, ...]
+    """People who train."""
+    validation: tuple[str, ...]
+    """People who choose the epoch."""
+    atlases: tuple[str, ...]
+    """Atlas labels."""
+
+
+def prepare(factory: SystemFactory, settings: PretrainingSettings, cohort: Cohort, participants: Sequence[str]) -> Prepared:
+    """Who trains on what, and a new model.
+
+    Raises
+    ------
+    InputNotFoundError
+        The cohort does not have an atlas of the settings.
+    InputDatasetError
+        No run is long enough, or fewer than two people train.
+    """
+    atlases = _atlases(cohort, settings.atlases)
+    training, validation = hold_out(participants, settings.validation_fraction, seed=settings.seed)
+    if len(training) < 2:
+        raise InputDatasetError(
+            f"{len(training)} people train: contrast needs two", where=cohort.root, fix="give more people, or relax 'where'"
+        )
+    records = {label: AtlasRecord.of(cohort.atlases[label]) for label in atlases}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        system = factory.build(records)
+    source = CohortBatches(
+        cohort=cohort,
+        scans=tuple(list_scans(cohort, training, atlases, min_frames=system.min_frames)),
+        validation_scans=tuple(list_scans(cohort, validation, atlases, min_frames=system.min_frames)) if validation else (),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        min_frames=system.min_frames,
+        cross_atlas=system.cross_atlas_probability if len(atlases) > 1 else 0.0,
+    )
+    config = ModelConfig(
+        system=factory.model_dump(mode="json"),
+        atlases=records,
+        pretraining={name: value for name, value in settings.model_dump(mode="json").items() if name in PretrainingSettings.model_fields},
+    )
+    return Prepared(
+        system=system, config=config, source=source, training=tuple(training), validation=tuple(validation), atlases=tuple(atlases)
+    )
+
+
+def pretrain_model(
+    prepared: Prepared, settings: PretrainingSettings, execution: Execution, folder: Path
+) -> tuple[TrainingResult, list[Path]]:
+    """Train to the end, going on from ``folder/checkpoints``, and write the model folder; gives back its files.
+
+    Files: model.safetensors, config.yaml, normalisation.json, log.csv, provenance.json (last: it says that the rest is there).
+    """
+    checkpoints = folder / "checkpoints"
+    normalisation = folder / "normalisation.json"
+    if newest_state(checkpoints) is None or not normalisation.is_file():
+        summary = prepared.system.fit_normalisation(_whole(prepared))
+        write_json(normalisation, summary)
+    result = train(prepared.system, prepared.source, settings.plan, execution, checkpoints)
+    prepared.system.module.load_state_dict(result.weights)
+    prepared.system.module.eval()
+    if not result.is_first_rank:
+        result.barrier()
+        return result, []
+    files = [
+        write_tensors(folder / "model.safetensors", result.weights),
+        write_text(folder / "config.yaml", prepared.config.to_yaml()),
+        normalisation,
+        write_text(folder / "log.csv", result.log.to_csv()),
+        write_json(folder / "provenance.json", _provenance(prepared, settings, result)),
+    ]
+    result.barrier()
+    return result, files
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a model folder is complete."""
+    return (folder / "provenance.json").is_file()
+
+
+def _whole(prepared: Prepared) -> Iterator[Windows]:
+    for label in prepared.atlases:
+        scans = [scan for scan in prepared.source.scans if label in scan.rows]
+        for start in range(0, len(scans), _NORMALISATION_BATCH):
+            yield whole_scans(prepared.source.cohort, scans[start : start + _NORMALISATION_BATCH], label)
+
+
+def _atlases(cohort: Cohort, wanted: Sequence[str]) -> list[str]:
+    absent = [label for label in wanted if label not in cohort.atlases]
+    if absent:
+        raise InputNotFoundError(
+            f"the cohort has no atlas '{absent[0]}'", where=cohort.root, fix=f"it has {', '.join(sorted(cohort.atlases))}"
+        )
+    return sorted(wanted or cohort.atlases)
+
+
+def _provenance(prepared: Prepared, settings: PretrainingSettings, result: TrainingResult) -> dict[str, Any]:
+    datasets = prepared.source.cohort.index.drop_duplicates("participant").set_index("participant")["dataset"]
+
+    def hashes(people: Sequence[str]) -> list[str]:
+        return sorted(participant_hash(str(datasets[key]), key) for key in people)
+
+    position = result.position
+    return {
+        "pretrained_on": hashes(prepared.training),
+        "validated_on": hashes(prepared.validation),
+        "datasets": sorted({str(datasets[key]) for key in (*prepared.training, *prepared.validation)}),
+        "atlases": list(prepared.atlases),
+        "scans": len(prepared.source.scans),
+        "seed": settings.seed,
+        "steps": position.step,
+        "best_epoch": position.best_epoch,
+        "best_loss": position.best_loss,
+        "versions": package_versions(),
+    }
