@@ -69,6 +69,7 @@ provenance.json
 *_statmap.*
 *_trials.tsv
 cohort
+group_qc.*
 metrics.json
 truth.json
 disorders.tsv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -95,7 +96,9 @@ def resample_nearest(
     if np.all(np.diag(np.diag(matrix)) == matrix):
         # Ties between two voxels fall differently in scipy's diagonal algorithm; nilearn uses that one.
         matrix = np.diag(matrix)
-    return affine_transform(labels, matrix, offset=transform[:3, 3], output_shape=shape, order=0, cval=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy reminds of a change of 2016
+        return affine_transform(labels, matrix, offset=transform[:3, 3], output_shape=shape, order=0, cval=0)
 
 
 def _is_mni152(template: str) -> bool:

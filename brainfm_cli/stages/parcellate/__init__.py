@@ -26,10 +26,10 @@ def parcellate(call: Invocation, settings: ParcellateSettings) -> int:
         validate(call.input_dir)
     dataset = _open(call, settings, source)
     if call.level == "participant":
-        from brainfm_cli.stages.parcellate import participant as level
+        from brainfm_cli.stages.parcellate.participant import run
     else:
-        from brainfm_cli.stages.parcellate import group as level  # type: ignore[no-redef]
-    return level.run(call, settings, source, dataset)
+        from brainfm_cli.stages.parcellate.group import run
+    return run(call, settings, source, dataset)
 
 
 def _open(call: Invocation, settings: ParcellateSettings, source: Source) -> OutputDataset:

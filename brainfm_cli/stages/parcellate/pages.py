@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from brainfm_cli.bids.derivatives import OutputDataset
     from brainfm_cli.bids.series_inputs import ReadySeries
+    from brainfm_cli.provenance import UnitRecord
     from brainfm_cli.reports.parcellation import AtlasSummary, RunSummary
     from brainfm_cli.stages.parcellate.settings import ParcellateSettings
 
@@ -65,14 +66,18 @@ def rebuild_participants(dataset: OutputDataset, labels: Sequence[str], settings
             log.error("%s", error)
             codes.append(error.exit_code)
             continue
-        page = write_participant_page(dataset.root, label, settings)
-        stamp = stamp_output(page, root=dataset.root)
-        outputs = (*(one for one in record.outputs if one.path != stamp.path), stamp)
-        dataset.write_record(record.model_copy(update={"outputs": tuple(sorted(outputs, key=lambda one: one.path))}))
-        if not outputs_hold(record.model_copy(update={"outputs": outputs}), dataset.root):
-            log.warning("sub-%s: some results of its record are missing; run without --reports-only", label)
+        if not outputs_hold(record, dataset.root):
+            log.warning("sub-%s: results of its record are missing or changed; run without --reports-only", label)
+        restamp(dataset, record, [write_participant_page(dataset.root, label, settings)])
         codes.append(EXIT_OK)
     return combined_exit_code(codes)
+
+
+def restamp(dataset: OutputDataset, record: UnitRecord, written: Sequence[Path]) -> None:
+    """Let a record know that some of its outputs were written again."""
+    stamps = {stamp.path: stamp for stamp in record.outputs}
+    stamps |= {stamp.path: stamp for stamp in (stamp_output(path, root=dataset.root) for path in written)}
+    dataset.write_record(record.model_copy(update={"outputs": tuple(stamps[path] for path in sorted(stamps))}))
 
 
 def methods(settings: ParcellateSettings, labels: Sequence[str], metadata: dict[str, Any]) -> str:
