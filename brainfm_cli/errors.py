@@ -148,6 +148,13 @@ class DiskFullError(BrainFMError):
     failure_class = "disk"
 
 
+class StoppedError(BrainFMError):
+    """A wrapped program was stopped from outside, or ran past its time limit."""
+
+    exit_code = EXIT_RETRY
+    failure_class = "time"
+
+
 class SettingsError(BrainFMError):
     """A settings file or ``--set`` is invalid."""
 
