@@ -85,6 +85,7 @@ SETTING_OF_FLAG = {
     "effect": "effect",
     "participants": "participants",
     "seed": "seed",
+    "target": "target",
 }
 LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set"}  # fmt: skip
 RUN = ("nprocs", "omp_nthreads", "mem_mb", "work_dir", "clean_workdir", "stop_on_first_crash", "verbose", "dry_run")

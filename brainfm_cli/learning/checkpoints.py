@@ -101,6 +101,18 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     return config
 
 
+def model_files(model_dir: Path) -> tuple[Path, ...]:
+    """Every file of a model folder whose change changes the model, sorted."""
+    read_model_config(model_dir)
+    return tuple(sorted(path for path in model_dir.iterdir() if path.suffix in {".safetensors", ".yaml", ".json", ".tsv"}))
+
+
+def source_of_model(model_dir: Path) -> Path:
+    """The derivative that a model folder lies in (``OUT`` of ``OUT/models/<id>``), or the folder itself where it was moved."""
+    derivative = model_dir.resolve().parent.parent
+    return derivative if (derivative / "dataset_description.json").is_file() else model_dir
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module's parameters and buffers from a safetensors file; every name and shape must fit.
 

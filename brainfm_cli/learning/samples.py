@@ -299,8 +299,8 @@ def _moved(record: Any, device: torch.device) -> Any:  # noqa: ANN401  (any froz
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            value = value.to(device, non_blocking=True)  # noqa: PLW2901
+            value = value.to(device, non_blocking=True)
         elif isinstance(value, Windows):
-            value = value.to(device)  # noqa: PLW2901
+            value = value.to(device)
         moved[field.name] = value
     return replace(record, **moved)

@@ -134,7 +134,7 @@ def make_split(target: Target, table: pd.DataFrame, design: DesignSettings) -> S
         Too few people of a class or groups too large for the folds; a site column that cannot be left out.
     """
     table = table.loc[list(target.participants)]
-    groups = _groups(table, design.group)
+    groups = people_groups(table, design.group)
     if design.kind == "cross-validation":
         return Split(table=_cross_validation(target, groups, design))
     if design.kind == "leave-one-site-out":
@@ -275,7 +275,8 @@ def _refuse_leaks(table: pd.DataFrame) -> None:
         raise _leak("a person is tested in two folds of one repetition")
 
 
-def _groups(table: pd.DataFrame, column: str | None) -> dict[str, str]:
+def people_groups(table: pd.DataFrame, column: str | None) -> dict[str, str]:
+    """Group of each person of ``table`` by a column (family, twins); everybody alone where it is unset or empty."""
     if column is None:
         return {str(name): str(name) for name in table.index}
     require_column(table, column)

@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.config import Frozen
-from brainfm_cli.learning.head_fit import Choice, FittedHead, Folds, Outcome, choose, fit
+from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, choose, fit
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
 
+Folds = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 EMBEDDING = "embedding"
 """Name of the block that depends on the prompts."""
 

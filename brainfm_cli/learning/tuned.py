@@ -1,0 +1,295 @@
+"""A model tuned for one target over several atlases: fit, forecast, save, load; and the predictor that evaluation calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainfm_cli.bids.cohort import Cohort
+from brainfm_cli.bids.derivatives import write_tsv
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError
+from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
+from brainfm_cli.learning.forecasts import Forecast, TrainingFold
+from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, probabilities_of
+from brainfm_cli.learning.samples import participant_hash
+from brainfm_cli.learning.targets import Target
+from brainfm_cli.learning.tuning import AtlasInputs, Tunable, TunedAtlas, TuningSettings, prepare, score_atlas, tune_atlas
+
+_SPACE = ":"  # between atlas and tensor in the files; no atlas label holds it
+
+
+class TargetRecord(Frozen):
+    """What a tuned model predicts."""
+
+    name: str
+    """Column of participants.tsv."""
+    kind: Literal["binary", "multiclass", "continuous"]
+    """What it is."""
+    classes: tuple[str, ...] = ()
+    """Class names by index; of two, the second is positive."""
+    atlases: tuple[str, ...] = ()
+    """Atlases with a prompt and a head."""
+    threshold: float | None = None
+    """Probability of the positive class at which it is decided, chosen on held-out predictions of the people tuned on."""
+    people: int = 0
+    """People tuned on."""
+    settings: dict[str, Any] = {}
+    """How prompts and head were fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasModel:
+    """What is kept of the tuning in one atlas."""
+
+    prompt: dict[str, Tensor]
+    """State of the prompt."""
+    head: FittedHead
+    """The head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """One tuning on some people, with what was learnt on the way."""
+
+    atlases: dict[str, TunedAtlas]
+    """By label."""
+    held_out: NDArray[np.float64]
+    """(people, classes) or (people,): predictions of the people tuned on, each without their own label; NaN where there is none."""
+
+    def choices(self) -> dict[str, float | str]:
+        """What was chosen inside, for the report."""
+        found: dict[str, float | str] = {}
+        for label, tuned in self.atlases.items():
+            found[f"{label}: epochs of prompt tuning"] = float(tuned.epochs)
+            found |= {f"{label}: share of {block}": round(share, 3) for block, share in tuned.choice.shares().items()}
+        return found
+
+
+def prepare_inputs(system: Tunable, cohort: Cohort, participants: Sequence[str], atlases: Sequence[str]) -> dict[str, AtlasInputs]:
+    """Inputs in every atlas that one of ``participants`` has; people without any are refused.
+
+    Raises
+    ------
+    InputDatasetError
+        Somebody has no run in any of the atlases.
+    """
+    having = set(cohort.index.loc[cohort.index["participant"].isin(set(participants)), "atlas"])
+    inputs = {label: prepare(system, cohort, participants, label) for label in atlases if label in having}
+    seen = {name for one in inputs.values() for name in one.participants}
+    lacking = [name for name in participants if name not in seen]
+    if lacking:
+        raise InputDatasetError(
+            f"{len(lacking)} people have no series in an atlas of the model, e.g. {lacking[0]}",
+            where=cohort.root,
+            fix=f"parcellate them with one of {', '.join(atlases)}, or leave them out ('where')",
+        )
+    return inputs
+
+
+def tune(
+    system: Tunable,
+    inputs: Mapping[str, AtlasInputs],
+    target: Target,
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    settings: TuningSettings,
+    *,
+    seed: int,
+) -> Tuning:
+    """Tune on everybody in ``target``; ``folds`` are rows of ``target``."""
+    num_classes = len(target.classes)
+    tuned: dict[str, TunedAtlas] = {}
+    shape = (len(target.participants), *((num_classes,) if num_classes else ()))
+    total, count = np.zeros(shape), np.zeros(len(target.participants))
+    for label, one in inputs.items():
+        rows = np.array([row for row, name in enumerate(target.participants) if name in set(one.participants)], dtype=np.int64)
+        if not len(rows):
+            continue
+        people = one.positions([target.participants[row] for row in rows])
+        outcome = Outcome(values=target.observed[rows], num_classes=num_classes, balanced=settings.balanced)
+        tuned[label] = tune_atlas(system, one, people, outcome, _renumbered(folds, rows), settings, seed=seed)
+        known, values = _held_out(tuned[label].choice, tuned[label].head)
+        total[rows[known]] += values
+        count[rows[known]] += 1
+    with np.errstate(invalid="ignore"):
+        held_out = total / (count[:, None] if num_classes else count)
+    return Tuning(atlases=tuned, held_out=held_out)
+
+
+def forecast(
+    system: Tunable, inputs: Mapping[str, AtlasInputs], atlases: Mapping[str, Any], participants: Sequence[str]
+) -> NDArray[np.float64]:
+    """(people, classes) probabilities or (people,) values: means over the atlases that each person has."""
+    place = {name: row for row, name in enumerate(participants)}
+    total: NDArray[np.float64] | None = None
+    count = np.zeros(len(participants))
+    for label, tuned in atlases.items():
+        if label not in inputs:
+            continue
+        scores = score_atlas(system, inputs[label], tuned)
+        total = np.zeros((len(participants), scores.shape[1])) if total is None else total
+        for row, name in enumerate(inputs[label].participants):
+            if name in place:
+                total[place[name]] += scores[row]
+                count[place[name]] += 1
+    if total is None or not count.all():
+        raise InputDatasetError("somebody has no series in an atlas that the model was tuned in", fix="parcellate with the model's atlases")
+    mean = total / count[:, None]
+    return mean[:, 0] if mean.shape[1] == 1 else mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedPredictor:
+    """Tunes on the training people of a fold and predicts its test people; the backbone may be another one in every fold."""
+
+    prepared: Callable[[TrainingFold], tuple[Tunable, Mapping[str, AtlasInputs]]]
+    """The system of a fold and the inputs of all its people."""
+    settings: TuningSettings
+    """How prompts and head are fitted."""
+
+    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        """The forecast for ``test``."""
+        system, inputs = self.prepared(fold)
+        tuning = tune(system, inputs, fold.target, fold.inner, self.settings, seed=fold.seed % 2**31)
+        inside = tuning.held_out if fold.target.classes else None
+        return Forecast(test=forecast(system, inputs, tuning.atlases, test), train=inside, choices=tuning.choices())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedPredictor:
+    """A finished model, applied once: nothing is learnt from the fold."""
+
+    system: Tunable
+    """The backbone."""
+    inputs: Mapping[str, AtlasInputs]
+    """Inputs of the test people."""
+    atlases: Mapping[str, Any]
+    """:class:`AtlasModel` by label."""
+    held_out: Mapping[str, NDArray[np.float64]]
+    """Held-out prediction of the people tuned on, by participant key."""
+
+    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        """The forecast for ``test``."""
+        predicted = forecast(self.system, self.inputs, self.atlases, test)
+        if not fold.target.classes:
+            return Forecast(test=predicted)
+        missing = np.full(len(fold.target.classes), np.nan)
+        return Forecast(test=predicted, train=np.array([self.held_out.get(name, missing) for name in fold.target.participants]))
+
+
+def save_tuned(folder: Path, atlases: Mapping[str, TunedAtlas]) -> list[Path]:
+    """Write prompts.safetensors and head.safetensors; gives back the paths."""
+    prompts = {f"{label}{_SPACE}{name}": value for label, tuned in atlases.items() for name, value in tuned.prompt.items()}
+    heads: dict[str, Tensor] = {}
+    for label, tuned in atlases.items():
+        head = tuned.head
+        arrays = {f"weights.{name}": value for name, value in head.weights.items()}
+        arrays |= {"bias": head.bias, "shift": head.shift, "slope": np.array([head.slope])}
+        heads |= {f"{label}{_SPACE}{name}": torch.from_numpy(np.ascontiguousarray(value, np.float64)) for name, value in arrays.items()}
+    return [write_tensors(folder / "prompts.safetensors", prompts), write_tensors(folder / "head.safetensors", heads)]
+
+
+def load_tuned(folder: Path, target: TargetRecord) -> dict[str, AtlasModel]:
+    """Prompts and heads of a tuned model folder, by atlas.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The files do not belong to the configuration.
+    """
+    prompts, heads = read_tensors(folder / "prompts.safetensors"), read_tensors(folder / "head.safetensors")
+    found = {}
+    for label in target.atlases:
+        own = _of(heads, label)
+        try:
+            head = FittedHead(
+                num_classes=len(target.classes),
+                weights={name.removeprefix("weights."): value.numpy() for name, value in own.items() if name.startswith("weights.")},
+                bias=own["bias"].numpy(),
+                slope=float(own["slope"][0]),
+                shift=own["shift"].numpy(),
+            )
+        except KeyError as error:
+            raise CheckpointMismatchError(
+                f"the head of atlas {label} is incomplete", where=folder / "head.safetensors", fix="copy the model folder again"
+            ) from error
+        found[label] = AtlasModel(prompt=_of(prompts, label), head=head)
+    return found
+
+
+def write_held_out(path: Path, target: Target, datasets: pd.Series, held_out: NDArray[np.float64]) -> Path:
+    """The people tuned on, hashed, with label and held-out prediction; thresholds of later test people come from here."""
+    hashes = [participant_hash(str(datasets[name]), name) for name in target.participants]
+    table = pd.DataFrame({"participant_hash": hashes, "observed": target.observed})
+    values = held_out if held_out.ndim == 2 else held_out[:, None]
+    for column in range(values.shape[1]):
+        table[f"predicted{column}"] = values[:, column]
+    return write_tsv(path, table.sort_values("participant_hash"))
+
+
+def read_held_out(path: Path, participants: Sequence[str], datasets: Mapping[str, str]) -> dict[str, NDArray[np.float64]]:
+    """Held-out predictions of those of ``participants`` that the model was tuned on."""
+    try:
+        table = pd.read_csv(path, sep="\t", na_values=["n/a"]).set_index("participant_hash")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointMismatchError(
+            f"the held-out predictions are unreadable: {error}", where=path, fix="copy the model folder again"
+        ) from error
+    values = table.filter(like="predicted").to_numpy(float)
+    values = values[:, 0] if values.shape[1] == 1 else values
+    row = {key: place for place, key in enumerate(table.index)}
+    hashes = {name: participant_hash(datasets[name], name) for name in participants}
+    return {name: np.asarray(values[row[key]]) for name, key in hashes.items() if key in row}
+
+
+def read_seen(folder: Path) -> dict[str, set[str]]:
+    """Hashes of the people that a model has seen: pretrained_on (validation included) and tuned_on.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        provenance.json is absent or unreadable: nobody could say whether test people are new.
+    """
+    path = folder / "provenance.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pretrained = set(values["pretrained_on"]) | set(values["validated_on"])
+        return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ()))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointMismatchError(
+            "the model does not say whom it has seen", where=path, fix="copy the model folder again, provenance.json included"
+        ) from error
+
+
+def _of(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    start = f"{label}{_SPACE}"
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _renumbered(
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], rows: NDArray[np.int64]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Folds as positions in ``rows``; people that are not among them drop out."""
+    place = {int(row): position for position, row in enumerate(rows)}
+
+    def inside(part: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([place[int(row)] for row in part if int(row) in place], dtype=np.int64)
+
+    return [(inside(train), inside(validation)) for train, validation in folds]
+
+
+def _held_out(choice: Choice, head: FittedHead) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Positions with a held-out score, and their predictions."""
+    if head.num_classes == 0:  # nothing is decided, so that nothing needs them
+        return np.empty(0, np.int64), np.empty(0)
+    known = np.flatnonzero(~np.isnan(choice.held_out).any(1))
+    return known, probabilities_of(choice.held_out[known], head.slope, head.shift)
