@@ -92,6 +92,14 @@ class Execution(Frozen):
     """Empty the scratch folder before starting."""
     verbose: int = 0
     """0 warnings, 1 progress, 2 debugging."""
+    fs_license_file: Path | None = None
+    """FreeSurfer's licence, for fMRIPrep; unset looks at FS_LICENSE and FREESURFER_HOME."""
+    fs_subjects_dir: Path | None = None
+    """Existing FreeSurfer subjects that fMRIPrep uses and extends; unset keeps them in the output."""
+    image: str | None = None
+    """fMRIPrep's image: a Docker tag or an Apptainer file; unset is the official image of the release."""
+    max_hours: float | None = None
+    """Stop a wrapped program after so many hours; the same command resumes."""
 
 
 class Selection(Frozen):
@@ -138,6 +146,8 @@ class Invocation(Frozen):
     """Rebuild reports from existing results."""
     validate_input: bool = False
     """Run the BIDS validator on the input first."""
+    passthrough: tuple[str, ...] = ()
+    """Options for a wrapped program, as typed after ``--``."""
     arguments: tuple[str, ...] = ()
     """The command line as typed, for the record."""
 

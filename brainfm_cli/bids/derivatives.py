@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from brainfm_cli.bids.names import BIDSIGNORE
 from brainfm_cli.config import Settings, digest_of
@@ -26,6 +25,8 @@ from brainfm_cli.provenance import UnitRecord, brainfm_version, input_configurat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    import pandas as pd
 
 _OWNER = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{8}\.part$")
 _FOREIGN_LEFTOVER_S = 86_400
@@ -139,11 +140,20 @@ class OutputDataset:
         sources: Sequence[Path] = (),
         citation: str = "",
         dataset_type: str = "derivative",
+        made_with: Sequence[Mapping[str, str]] = (),
+        links: Mapping[str, str] | None = None,
     ) -> OutputDataset:
         """Open an output folder for one command, creating its root files once.
 
         Array jobs may open the same folder at the same time: root files are written atomically and hold
         nothing that differs between jobs.
+
+        Parameters
+        ----------
+        made_with
+            Entries of GeneratedBy after ours: programs whose outputs the dataset holds.
+        links
+            Further DatasetLinks, where those outputs name datasets by links of their own.
 
         Raises
         ------
@@ -161,6 +171,8 @@ class OutputDataset:
                 raise OutputError("output and input are the same folder", where=root, fix="choose another OUTPUT_DIR")
         chained = chained_hash(command, settings, sources)
         description = _description(root, command, chained, sources, dataset_type)
+        description["GeneratedBy"] += [dict(entry) for entry in made_with]
+        description["DatasetLinks"] |= dict(links or {})
         existing = root / "dataset_description.json"
         for folder in (root, root / "logs", record_path(root, "any").parent):
             sweep(folder)

@@ -136,6 +136,15 @@ def check_raw_dataset(root: Path) -> None:
         raise InputNotFoundError("the dataset has no participants", where=root, fix="it must hold sub-<label> folders")
 
 
+def raw_files(root: Path, label: str, selection: Selection, *, anat_only: bool = False) -> tuple[Path, ...]:
+    """Every file whose change makes a participant's result stale, sorted: images, sidecars, gradients, JSONs of the root.
+
+    From names alone; a broken link is left out here and refused by :func:`read_raw_participant`.
+    """
+    mine = (path for path in walk_files(root / f"sub-{label}") if _counts(path, selection, anat_only=anat_only) and path.exists())
+    return tuple(sorted({*mine, *_inherited(root)}))
+
+
 def read_raw_participant(root: Path, label: str, selection: Selection, *, anat_only: bool = False) -> RawParticipant:
     """What the dataset holds of one participant, checked as far as names, metadata and headers go.
 
@@ -151,7 +160,10 @@ def read_raw_participant(root: Path, label: str, selection: Selection, *, anat_o
     InputDatasetError
         A link is broken, a JSON unreadable, a run is there twice, or a header or metadata cannot be right.
     """
-    paths = tuple(_files(root, label, selection, anat_only=anat_only))
+    paths = raw_files(root, label, selection, anat_only=anat_only)
+    for path in walk_files(root / f"sub-{label}"):
+        if path.is_symlink() and not path.exists() and _counts(path, selection, anat_only=anat_only):
+            raise InputDatasetError("the file is a broken link", where=path, fix="fetch its content first, e.g. 'datalad get'")
     images = tuple(_image(path) for path in _matching(paths, selection, tuple(_QUERY_OF_SUFFIX)))
     runs = {} if anat_only else _grouped(_matching(paths, selection, ("bold",)))
     if not images and not runs:
@@ -170,7 +182,7 @@ def read_raw_participant(root: Path, label: str, selection: Selection, *, anat_o
         images=images,
         bold=tuple(_run(key, echoes, metadata[echoes[0]], references) for key, echoes in runs.items()),
         fieldmaps=tuple(path for path in paths if path.parent.name == "fmap" and path.name.endswith(_IMAGES)),
-        inputs=tuple(sorted({*paths, *_inherited(root)})),
+        inputs=paths,
     )
 
 
@@ -180,17 +192,12 @@ def outside_dataset(participant: RawParticipant) -> tuple[Path, ...]:
     return tuple(path for path in participant.inputs if not path.resolve().is_relative_to(root))
 
 
-def _files(root: Path, label: str, selection: Selection, *, anat_only: bool) -> Iterable[Path]:
-    for path in walk_files(root / f"sub-{label}"):
-        folder = path.parent.name
-        # sidecars that several modalities inherit lie directly in sub-X or ses-Y
-        if not _COUNTS.search(path.name) or (folder not in _FOLDERS and not folder.startswith(("sub-", "ses-"))):
-            continue
-        if (anat_only and folder in {"func", "fmap"}) or not in_selection(parse_name(path.name)[0], selection):
-            continue
-        if not path.exists():
-            raise InputDatasetError("the file is a broken link", where=path, fix="fetch its content first, e.g. 'datalad get'")
-        yield path
+def _counts(path: Path, selection: Selection, *, anat_only: bool) -> bool:
+    folder = path.parent.name
+    # Sidecars that several modalities inherit lie directly in sub-X or ses-Y.
+    if not _COUNTS.search(path.name) or (folder not in _FOLDERS and not folder.startswith(("sub-", "ses-"))):
+        return False
+    return not (anat_only and folder in {"func", "fmap"}) and in_selection(parse_name(path.name)[0], selection)
 
 
 def _inherited(root: Path) -> Iterable[Path]:
