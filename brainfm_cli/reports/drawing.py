@@ -143,7 +143,7 @@ def tidy(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def shortened(text: str, length: int = 22) -> str:
+def shortened(text: str, length: int = 26) -> str:
     """Text that fits beside a picture."""
     return text if len(text) <= length else text[: length - 1] + "…"
 

@@ -117,7 +117,9 @@ def _with_palette(png: io.BytesIO, colours: int) -> bytes:
     from PIL import Image  # matplotlib writes its PNG with it
 
     reduced = io.BytesIO()
-    Image.open(png).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(reduced, format="png", optimize=True)
+    Image.open(png).convert("RGB").quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        reduced, format="png", optimize=True
+    )
     return reduced.getvalue()
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STRONGEST = 120
-_COLOURS = 128
+_COLOURS = 192
 _DPI = 90
 
 
@@ -203,7 +203,8 @@ def _draw_motion(axis: Axes, run: RunSummary, seconds: NDArray[np.floating]) -> 
         axis.axhline(run.fd_threshold_mm, color="black", linewidth=0.7, linestyle="--")
         height = max(float(np.nanmax(run.fd, initial=0.0)), run.fd_threshold_mm)
     axis.set_ylim(0, 1.15 * height)
-    axis.plot(seconds[dropped], np.full(int(dropped.sum()), 1.1 * height), "|", color=ORANGE, markersize=7, clip_on=False)
+    if dropped.any():  # an empty line that is not clipped has no extent, and breaks the layout
+        axis.plot(seconds[dropped], np.full(int(dropped.sum()), 1.1 * height), "|", color=ORANGE, markersize=7, clip_on=False)
     axis.set_ylabel("FD in mm", fontsize=8)
 
 
@@ -247,7 +248,8 @@ def _coverage(atlas: AtlasSummary) -> Markup:
     lost = np.array([atlas.regions.names[row] in gone for row in order], dtype=bool)
     ranks = np.arange(len(order))
     axis.fill_between(ranks, atlas.coverage[order], step="mid", color=BLUE, alpha=0.35, linewidth=0)
-    axis.plot(ranks[lost], np.nan_to_num(atlas.coverage[order][lost]), "x", color=ORANGE, markersize=5, clip_on=False)
+    if lost.any():
+        axis.plot(ranks[lost], np.nan_to_num(atlas.coverage[order][lost]), "x", color=ORANGE, markersize=5, clip_on=False)
     axis.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, 1.02))
     axis.set_xlabel("regions, least covered first", fontsize=8)
     axis.set_ylabel("coverage", fontsize=8)

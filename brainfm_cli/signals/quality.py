@@ -73,6 +73,12 @@ class MotionTrace:
         with np.errstate(invalid="ignore"):
             return self._total / self._runs
 
+    def mean_without(self, z: Floats) -> Floats:
+        """Mean of every edge over the runs added, but for one of them; NaN where no other run has the edge."""
+        finite = np.isfinite(z)
+        with np.errstate(invalid="ignore"):
+            return (self._total - np.where(finite, z, 0.0)) / (self._runs - finite)
+
     @property
     def correlations(self) -> Floats:
         """Correlation of every edge with motion; NaN with fewer than :data:`MIN_RUNS_FOR_MOTION` runs."""
@@ -85,7 +91,8 @@ class MotionTrace:
 def outliers(columns: Mapping[str, Floats], sides: Mapping[str, int], *, threshold: float = 3.5) -> list[list[str]]:
     """Names of the columns in which each row is extreme, by the robust z-score 0.6745 (x - median) / MAD.
 
-    ``sides`` says which side is bad: +1 high, -1 low, 0 both. Source: Iglewicz & Hoaglin 1993.
+    ``sides`` says which side is bad: +1 high, -1 low, 0 both. Where more than half of the values are the same, as lost regions mostly
+    are, the MAD is 0 and the mean absolute deviation takes its place, scaled alike for normal values. Source: Iglewicz & Hoaglin 1993.
     """
     rows = len(next(iter(columns.values()))) if columns else 0
     flagged: list[list[str]] = [[] for _ in range(rows)]
@@ -94,10 +101,12 @@ def outliers(columns: Mapping[str, Floats], sides: Mapping[str, int], *, thresho
         if len(finite) < 5:  # a median absolute deviation of fewer says nothing
             continue
         middle = np.median(finite)
-        spread = np.median(np.abs(finite - middle))
+        spread = np.median(np.abs(finite - middle)) / 0.6745
+        if spread <= 1e-12 * max(1.0, abs(middle)):
+            spread = np.mean(np.abs(finite - middle)) * np.sqrt(np.pi / 2)
         if spread <= 1e-12 * max(1.0, abs(middle)):
             continue
-        z = 0.6745 * (values - middle) / spread
+        z = (values - middle) / spread
         bad = np.abs(z) if sides[name] == 0 else sides[name] * z
         for row in np.flatnonzero(bad > threshold):
             flagged[row].append(name)
