@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,7 +113,8 @@ def walk_files(folder: Path) -> Iterator[Path]:
     """Files below ``folder`` except figures and hidden ones, in a stable order."""
     for directory, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in {"figures", "log", "logs"} and not name.startswith("."))
-        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
+        here = Path(directory)
+        yield from (here / name for name in sorted(files) if not name.startswith("."))
 
 
 def in_selection(entities: Mapping[str, str], selection: Selection) -> bool:
@@ -182,37 +184,67 @@ def find_runs(root: Path, label: str, selection: Selection, *, space: str | None
     InputDatasetError
         A run has two images, no brain mask, unreadable metadata or no repetition time.
     """
-    layout = _layout(root, label)
-    runs: dict[RunKey, list[tuple[dict[str, str], Any]]] = {}
-    for file in _query(layout, label, selection):
-        entities = parse_name(Path(file.path).name)[0]
+    runs: dict[RunKey, list[_Image]] = {}
+    images, files = _index(root, label, selection)
+    for image in images:
         # Single echoes and phase images are by-products, not the preprocessed run.
-        if in_selection(entities, selection) and "echo" not in entities and entities.get("part") in (None, "mag"):
-            runs.setdefault(run_key(entities), []).append((entities, file))
+        if in_selection(image.entities, selection) and "echo" not in image.entities and image.entities.get("part") in (None, "mag"):
+            runs.setdefault(run_key(image.entities), []).append(image)
     if not runs:
         raise InputNotFoundError(
             f"sub-{label} has no preprocessed BOLD that matches the selection",
             where=root / f"sub-{label}",
             fix="check --session-label, --task-id and --bids-filter-file; files must be named …_space-<S>_desc-preproc_bold.nii.gz",
         )
-    files = [(parse_name(Path(file.path).name), Path(file.path)) for file in layout.get(subject=label)]
+    parsed = [(parse_name(path.name), path) for path in files]
     ordered = sorted(runs.items(), key=lambda item: item[0].name)
-    return [_run_files(key, _choose(key, images, space, resolution), files) for key, images in ordered]
+    return [_run_files(key, _choose(key, found, space, resolution), parsed) for key, found in ordered]
 
 
-def _layout(root: Path, label: str) -> Any:  # noqa: ANN401  (pybids has no types)
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """A preprocessed image that pybids found."""
+
+    path: Path
+    """Where it is."""
+    entities: dict[str, str]
+    """Of its name."""
+    repetition_time: Any
+    """``RepetitionTime`` of its metadata, inherited ones included; none where absent."""
+
+
+def _index(root: Path, label: str, selection: Selection) -> tuple[list[_Image], list[Path]]:
+    """The images of one participant that match the filters, and all of its files."""
+    with tempfile.TemporaryDirectory(prefix="brainfm-") as folder:
+        window = Path(folder)
+        layout = _layout(root, label, window)
+
+        def real(file: Any) -> Path:  # noqa: ANN401
+            return root / Path(file.path).relative_to(window)
+
+        images = [
+            _Image(path=real(file), entities=parse_name(real(file).name)[0], repetition_time=file.get_metadata().get("RepetitionTime"))
+            for file in _query(layout, label, selection)
+        ]
+        return images, [real(file) for file in layout.get(subject=label)]
+
+
+def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybids has no types)
+    """An index of one participant, seen through the folder ``window`` of links: pybids would look at every entry of the root."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-    mine = rf"sub-{re.escape(label)}(/|$)"
-    # Everybody else's files and every other folder of the root are never entered or parsed.
-    ignored = [rf"^/sub-(?!{mine[4:]})", rf"^/(?!{mine})[^/.]+(/|$)", r"^/\.", r"/(figures|log|anat|fmap|dwi)(/|$)"]
-    indexer = BIDSLayoutIndexer(validate=False, ignore=[re.compile(pattern) for pattern in ignored])
+    for name in (f"sub-{label}", "dataset_description.json", *(path.name for path in root_sidecars(root))):
+        if (root / name).exists():
+            (window / name).symlink_to((root / name).absolute())
+    ignored = [re.compile(r"/\."), re.compile(r"/(figures|log|anat|fmap|dwi)(/|$)")]
+    indexer = BIDSLayoutIndexer(validate=False, ignore=ignored)
     try:
-        return BIDSLayout(root, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
+        return BIDSLayout(window, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
     except (OSError, ValueError) as error:
         raise InputDatasetError(
-            f"the files of sub-{label} cannot be indexed: {error}", where=root, fix="mend the named JSON file; a sidecar must be valid JSON"
-        ) from error
+            f"the files of sub-{label} cannot be indexed: {error}".replace(str(window), str(root)), where=root,
+            fix="mend the named JSON file; a sidecar must be valid JSON",
+        ) from error  # fmt: skip
 
 
 def _query(layout: Any, label: str, selection: Selection) -> list[Any]:  # noqa: ANN401
@@ -231,40 +263,37 @@ def _query(layout: Any, label: str, selection: Selection) -> list[Any]:  # noqa:
     return [file for file in found if "desc" in file.entities or file.path.endswith(".dtseries.nii")]
 
 
-def _choose(
-    key: RunKey, images: Sequence[tuple[dict[str, str], Any]], space: str | None, resolution: str | None
-) -> tuple[dict[str, str], Any]:
-    spaces = sorted({entities["space"] for entities, _ in images if "space" in entities})
+def _choose(key: RunKey, images: Sequence[_Image], space: str | None, resolution: str | None) -> _Image:
+    spaces = sorted({image.entities["space"] for image in images if "space" in image.entities})
     wanted = space or next((name for name in SPACE_ORDER if name in spaces), None)
     if wanted is None or wanted not in spaces:
         asked = f"space {space}" if space else "a standard space"
         raise InputNotFoundError(
             f"{key.name} has no image in {asked}; it has {', '.join(spaces) or 'its own space only'}",
-            where=Path(images[0][1].path).parent,
+            where=images[0].path.parent,
             fix="choose one with --set space=NAME, or preprocess with that output space",
         )
-    kept = [(entities, file) for entities, file in images if entities.get("space") == wanted]
+    kept = [image for image in images if image.entities.get("space") == wanted]
     if resolution is not None:
-        kept = [(entities, file) for entities, file in kept if entities.get("res") == resolution]
+        kept = [image for image in kept if image.entities.get("res") == resolution]
         if not kept:
             raise InputNotFoundError(
                 f"{key.name} has no image in {wanted} at res-{resolution}",
-                where=Path(images[0][1].path).parent,
+                where=images[0].path.parent,
                 fix="check --set resolution",
             )
     if len(kept) > 1:
-        names = ", ".join(sorted(Path(file.path).name for _, file in kept))
+        names = ", ".join(sorted(image.path.name for image in kept))
         raise InputDatasetError(
             f"{key.name} has several images: {names}",
-            where=Path(kept[0][1].path).parent,
+            where=kept[0].path.parent,
             fix="choose one with --set resolution=LABEL or --bids-filter-file",
         )
     return kept[0]
 
 
-def _run_files(key: RunKey, chosen: tuple[dict[str, str], Any], files: Sequence[tuple[tuple[dict[str, str], str, str], Path]]) -> RunFiles:
-    entities, file = chosen
-    bold = Path(file.path)
+def _run_files(key: RunKey, chosen: _Image, files: Sequence[tuple[tuple[dict[str, str], str, str], Path]]) -> RunFiles:
+    entities, bold = chosen.entities, chosen.path
     if not bold.exists():
         raise InputDatasetError("the image is a broken link", where=bold, fix="fetch its content first, e.g. 'datalad get'")
     masks, confounds = [], []
@@ -279,7 +308,7 @@ def _run_files(key: RunKey, chosen: tuple[dict[str, str], Any], files: Sequence[
     cifti = bold.name.endswith(".dtseries.nii")
     if not masks and not cifti:
         raise InputDatasetError("the run has no brain mask", where=bold, fix="it needs …_desc-brain_mask.nii.gz on the same grid beside it")
-    time = file.get_metadata().get("RepetitionTime")
+    time = chosen.repetition_time
     if not isinstance(time, int | float) or isinstance(time, bool) or not 0 < time < 60:
         raise InputDatasetError(
             f"RepetitionTime is {'missing' if time is None else time!r}",

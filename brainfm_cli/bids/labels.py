@@ -7,44 +7,19 @@ them: a code that means one thing here and another there must never be merged by
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BeforeValidator, model_validator
 
 from brainfm_cli.bids.cohort import read_participants
-from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_Code = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float | bool) else value)]
-
-
-class LabelColumn(Frozen):
-    """How one dataset codes one target."""
-
-    column: str
-    """Column of the dataset's participants.tsv."""
-    classes: dict[_Code, str] = {}
-    """Code in that column → name of the class, the same names in every dataset."""
-    continuous: bool = False
-    """The column holds numbers (and no ``classes`` are given)."""
-    missing: tuple[_Code, ...] = ()
-    """Codes that mean 'unknown' beside ``n/a``, e.g. -9999."""
-
-    @model_validator(mode="after")
-    def _one_coding(self) -> LabelColumn:
-        if bool(self.classes) == self.continuous:
-            raise ValueError("give either 'classes: {code: name}' or 'continuous: true'")
-        return self
-
-
-LabelTable = dict[str, dict[str, LabelColumn | None]]
-"""Target → dataset → how it is coded there; ``null`` for a dataset that does not have the target."""
+    from brainfm_cli.bids.codings import LabelColumn, LabelTable
 
 
 @dataclass(frozen=True, kw_only=True)

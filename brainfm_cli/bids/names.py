@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from brainfm_cli.errors import InputDatasetError, UsageError
@@ -103,8 +104,13 @@ def parse_name(name: str) -> tuple[dict[str, str], str, str]:
     """Entities, suffix and extension of a file name; entities that are not ``key-label`` are dropped."""
     stem, dot, extension = name.partition(".")
     *pairs, suffix = stem.split("_")
-    entities = {match[1]: match[2] for pair in pairs if (match := _PAIR.fullmatch(pair))}
-    return entities, suffix, dot + extension
+    return dict(found for pair in pairs if (found := _pair(pair))), suffix, dot + extension
+
+
+@lru_cache(maxsize=8192)  # a large dataset repeats few pairs many thousand times
+def _pair(text: str) -> tuple[str, str] | None:
+    match = _PAIR.fullmatch(text)
+    return (match[1], match[2]) if match else None
 
 
 def check_label(label: str, entity: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter
 from brainfm_cli.bids.inputs import Source, choose_participants, root_sidecars
-from brainfm_cli.bids.labels import Harmonised, LabelTable, People, harmonise, participant_key
+from brainfm_cli.bids.labels import Harmonised, People, harmonise, participant_key
 from brainfm_cli.bids.series_inputs import SeriesFiles, as_run, find_series, read_series
 from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.provenance import outputs_hold, read_record, record_path
@@ -19,6 +19,7 @@ from brainfm_cli.provenance import outputs_hold, read_record, record_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from brainfm_cli.bids.codings import LabelTable
     from brainfm_cli.config import Selection
     from brainfm_cli.records import ParcellatedRun, RegionTable
 
@@ -48,7 +49,7 @@ class PackedDataset:
         if self.source.kind == "cohort":
             return sorted([*tables, *(path for path in _cohort_folder(self.source).iterdir() if path.is_file())])
         files = [path for runs in self.series.values() for run in runs for path in (run.series, run.coverage, run.motion, run.outliers, *run.sidecars) if path]  # fmt: skip
-        return sorted({*tables, *files})
+        return sorted({*tables, *files}, key=str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,8 @@ def _pack_series(
 def _copy_cohort(writer: CohortWriter, one: PackedDataset, harmonised: Harmonised, rules: PackingRules, *, several: bool) -> set[str]:
     cohort = Cohort.open(_cohort_folder(one.source))
     packed = set()
-    for row in cohort.index.itertuples():
+    rows: Any = cohort.index.itertuples()  # pandas gives its columns no types
+    for row in rows:
         if (rules.atlases and row.atlas not in rules.atlases) or row.frames < rules.min_frames:
             continue
         key = participant_key(one.name, str(row.participant), several=several)

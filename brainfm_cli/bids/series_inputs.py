@@ -118,6 +118,10 @@ def find_series(root: Path, label: str, selection: Selection, *, sidecars: Seque
     folder = root / f"sub-{label}"
     parsed = [(path, *parse_name(path.name)) for path in walk_files(folder)]
     jsons = [(path, *parse_name(path.name)[:2]) for path in (*sidecars, *(path for path, *_ in parsed if path.suffix == ".json"))]
+    tables: dict[RunKey, list[tuple[Path, dict[str, str], str]]] = {}
+    for path, entities, suffix, extension in parsed:
+        if extension == ".tsv" and "sub" in entities:
+            tables.setdefault(run_key(entities), []).append((path, entities, suffix))
     filters = read_filters(selection, "timeseries")
     found: dict[tuple[str, str], SeriesFiles] = {}
     for path, entities, suffix, extension in parsed:
@@ -126,7 +130,7 @@ def find_series(root: Path, label: str, selection: Selection, *, sidecars: Seque
             continue
         if entities.get("stat", "mean") != "mean" or not in_selection(entities, selection) or not matches_filters(entities, filters):
             continue
-        files = _series_files(path, entities, label_of_atlas, parsed, jsons)
+        files = _series_files(path, entities, label_of_atlas, tables, jsons)
         twin = found.get((files.key.name, files.atlas))
         if twin is not None:
             raise InputDatasetError(
@@ -197,15 +201,15 @@ def _series_files(
     path: Path,
     entities: dict[str, str],
     atlas: str,
-    parsed: Sequence[tuple[Path, dict[str, str], str, str]],
+    tables: Mapping[RunKey, Sequence[tuple[Path, dict[str, str], str]]],
     jsons: Sequence[tuple[Path, dict[str, str], str]],
 ) -> SeriesFiles:
     key = run_key(entities)
-    same_run = [item for item in parsed if "sub" in item[1] and run_key(item[1]) == key and item[3] == ".tsv"]
-    coverage = [p for p, e, s, _ in same_run if (s == "coverage" or e.get("stat") == "coverage") and _atlas(e) == atlas and e.get("space") == entities.get("space")]  # fmt: skip
+    same_run = tables[key]
+    coverage = [p for p, e, s in same_run if (s == "coverage" or e.get("stat") == "coverage") and _atlas(e) == atlas and e.get("space") == entities.get("space")]  # fmt: skip
     # XCP-D writes the filtered motion beside the plain one: take the plain one where both exist.
-    motion = sorted((p for p, _, s, _ in same_run if s == "motion"), key=lambda p: ("desc-filtered" in p.name, p.name))
-    outliers = [p for p, _, s, _ in same_run if s == "outliers"]
+    motion = sorted((p for p, _, s in same_run if s == "motion"), key=lambda p: ("desc-filtered" in p.name, p.name))
+    outliers = [p for p, _, s in same_run if s == "outliers"]
     return SeriesFiles(
         key=key,
         atlas=atlas,

@@ -51,10 +51,10 @@ def run(call: Invocation, settings: ParcellateSettings, source: Source, dataset:
         write_text(choices, text)
     table = find_participants_table(source.given)
     described = [table.with_suffix(".json")] if table is not None and table.with_suffix(".json").is_file() else []
-    inputs = sorted({*described, *(path for one in datasets for path in one.inputs)})
+    inputs = dict.fromkeys([*described, *(path for one in datasets for path in one.inputs)])
     unit = Unit(
         name="group",
-        inputs=(choices, *inputs),
+        inputs=(*([] if changed and call.dry_run else [choices]), *inputs),
         work=pack_cohort,
         arguments={
             "root": dataset.root,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from brainfm_cli.bids.inputs import choose_participants, find_runs, in_selection, participant_files, root_sidecars, walk_files
 from brainfm_cli.bids.names import parse_name
-from brainfm_cli.bids.series_inputs import find_series
 from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
 from brainfm_cli.config import Selection
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError, UsageError
@@ -115,6 +114,8 @@ def _planned_runs(source: Source, label: str, call: Invocation, settings: Parcel
     by_run: dict[str, list[str]] = {}
     try:
         if source.kind == "series":
+            from brainfm_cli.bids.series_inputs import find_series
+
             for files in find_series(source.root, label, call.selection, sidecars=root_sidecars(source.root)):
                 by_run.setdefault(files.key.name, []).append(files.atlas)
         else:

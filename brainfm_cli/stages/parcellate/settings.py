@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from brainfm_cli.atlases.catalogue import find_atlas
-from brainfm_cli.bids.labels import LabelTable
+from brainfm_cli.bids.codings import LabelTable
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import SettingsError
 from brainfm_cli.signals.denoise import Denoising
