@@ -54,6 +54,15 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "work_dir": (Annotated[Path | None, typer.Option("--work-dir", "-w", help="Scratch folder.")], None),
     "clean_workdir": (Annotated[bool, typer.Option("--clean-workdir", help="Empty the scratch folder first.")], False),
     "device": (Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")], "auto"),
+    "engine": (Annotated[str | None, typer.Option("--engine", help="fmriprep, docker, apptainer or singularity.")], None),
+    "output_spaces": (Annotated[Strings, typer.Option("--output-spaces", help="Spaces as fMRIPrep writes them, e.g. MNI152NLin6Asym:res-2.")], ()),
+    "anat_only": (Annotated[bool, typer.Option("--anat-only", help="Structural images only.")], False),
+    "fmriprep_level": (Annotated[str | None, typer.Option("--level", help="fMRIPrep's minimal, resampling or full.")], None),
+    "ignore": (Annotated[Strings, typer.Option("--ignore", help="fieldmaps, slicetiming, sbref, t2w, flair or fmap-jacobian.")], ()),
+    "fs_no_reconall": (Annotated[bool, typer.Option("--fs-no-reconall", help="No FreeSurfer surfaces.")], False),
+    "fs_license_file": (Annotated[Path | None, typer.Option("--fs-license-file", help="FreeSurfer's licence; FS_LICENSE otherwise.")], None),
+    "fs_subjects_dir": (Annotated[Path | None, typer.Option("--fs-subjects-dir", help="Existing FreeSurfer subjects.")], None),
+    "image": (Annotated[str | None, typer.Option("--image", help="fMRIPrep's Docker tag or Apptainer file.")], None),
     "atlases": (Annotated[Strings, typer.Option("--atlases", "--atlas", help="Atlas names; see 'brainfm assets list'.")], ()),
     "min_coverage": (Annotated[float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Smallest share of a region inside the brain mask.")], None),
     "denoise_strategy": (Annotated[str | None, typer.Option("--denoise-strategy", help="none, simple, scrubbing or compcor, each with or without +gsr.")], None),
@@ -86,9 +95,16 @@ SETTING_OF_FLAG = {
     "participants": "participants",
     "seed": "seed",
     "target": "target",
+    "engine": "engine",
+    "output_spaces": "output_spaces",
+    "anat_only": "anat_only",
+    "fmriprep_level": "level",
+    "ignore": "ignore",
+    "fs_no_reconall": "fs_no_reconall",
 }
-LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set"}  # fmt: skip
+LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set", "--output-spaces", "--ignore"}  # fmt: skip
 RUN = ("nprocs", "omp_nthreads", "mem_mb", "work_dir", "clean_workdir", "stop_on_first_crash", "verbose", "dry_run")
+MACHINE = ("device", "fs_license_file", "fs_subjects_dir", "image")
 SETTINGS = ("config", "overrides")
 SELECT = ("participant_label", "session_label", "task_id", "bids_filter_file", "bids_database_dir", "skip_bids_validation", "validate", "datasets")  # fmt: skip
 TRAIN = ("device", "seed", *SELECT, *SETTINGS, *RUN)
@@ -120,6 +136,7 @@ def command(
             raise typer.Exit(_guarded(lambda: function(_invocation(name, levels, values), **extra), verbose=values.get("verbose", 0)))
 
         parameters = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for key, kind in places.items()]
+        parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         for key in options:
             annotation, default = OPTIONS[key]
             default = [] if default == () else default
@@ -139,6 +156,30 @@ def simulate(call: Invocation) -> int:
     from brainfm_cli.stages.simulate import SimulateSettings, simulate
 
     return simulate(call, SimulateSettings.read(call.config, call.overrides))
+
+
+@command(
+    "preprocess",
+    levels=("participant", "group"),
+    options=(
+        "engine",
+        "output_spaces",
+        "anat_only",
+        "fmriprep_level",
+        "ignore",
+        "fs_no_reconall",
+        *MACHINE[1:],
+        "seed",
+        *SELECT,
+        *SETTINGS,
+        *RUN,
+    ),
+)
+def preprocess(call: Invocation) -> int:
+    """Preprocess raw BIDS; options after -- go to fMRIPrep; group sums up the quality of finished participants."""
+    from brainfm_cli.stages.preprocess import PreprocessSettings, preprocess
+
+    return preprocess(call, PreprocessSettings.read(call.config, call.overrides))
 
 
 @command(
@@ -212,7 +253,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["--version"]:
         typer.echo(f"brainfm {brainfm_version()}")
         return
-    app(args=arguments, prog_name="brainfm")
+    passthrough: tuple[str, ...] = ()
+    if arguments[:1] == ["preprocess"] and "--" in arguments:
+        place = arguments.index("--")
+        arguments, passthrough = arguments[:place], tuple(arguments[place + 1 :])
+    app(args=arguments, prog_name="brainfm", obj=passthrough)
 
 
 def normalise(tokens: Sequence[str]) -> list[str]:
@@ -257,11 +302,9 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
     overrides = [*values.get("overrides", [])]
     for flag, setting in SETTING_OF_FLAG.items():
         value = values.get(flag)
-        if value not in (None, [], ()):
+        if value not in (None, [], ()) and value is not False:
             overrides.append(f"{setting}=[{', '.join(value)}]" if isinstance(value, list | tuple) else f"{setting}={value}")
-    flags = {key: values[key] for key in RUN if key in values and key != "dry_run"} | {
-        key: values[key] for key in ("device",) if key in values
-    }
+    flags = {key: values[key] for key in (*RUN, *MACHINE) if key in values and key != "dry_run"}
     config = values.get("config")
     output_dir = values.get("output_dir", Path())
     return Invocation(
@@ -284,6 +327,7 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
         dry_run=values.get("dry_run", False),
         reports_only=values.get("reports_only", False),
         validate_input=values.get("validate", False),
+        passthrough=values["context"].obj or (),
         arguments=tuple(sys.argv[1:]),
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from brainfm_cli.errors import EngineUnavailableError, InputNotFoundError, MissingProgramError, SettingsError
 from brainfm_cli.programs.commands import Command, ask
-from brainfm_cli.programs.fmriprep import LTS_VERSION, Places, arguments, native_places
+from brainfm_cli.programs.fmriprep import Places, arguments, native_places
 
 if TYPE_CHECKING:
     from brainfm_cli.programs.fmriprep import Task
@@ -28,9 +28,11 @@ _TEMPLATEFLOW_OF_IMAGE = "/home/fmriprep/.cache/templateflow"
 _VERSION = re.compile(r"\d+\.\d+\.\d+\S*")
 
 
-def docker_image(version: str = LTS_VERSION) -> str:
-    """The official image of a release."""
-    return f"{REPOSITORY}:{version}"
+def official_image(engine: Engine, version: str) -> str | None:
+    """The image of a release: Docker's tag, a file of that name in this folder for Apptainer, none on this machine itself."""
+    if engine == "fmriprep":
+        return None
+    return f"fmriprep-{version}.sif" if engine == "apptainer" else f"{REPOSITORY}:{version}"
 
 
 def apptainer_program() -> str:
@@ -121,15 +123,13 @@ def _find(program: str) -> None:
 
 
 def _check_file(image: str | None, version: str, program: str) -> None:
-    suggested = f"fmriprep-{version}.sif"
-    build = f"{program} build {suggested} docker://{docker_image(version)}"
-    if image is None:
-        raise EngineUnavailableError("no image is given", fix=f"make it once with: {build}; then give --image {suggested}")
-    if "://" in image:
-        raise EngineUnavailableError(f"{image} would be fetched for every participant", fix=f"make a file with: {build}; then give --image {suggested}")  # fmt: skip
+    suggested = official_image("apptainer", version)
+    build = f"{program} build {suggested} docker://{official_image('docker', version)}"
+    if image is None or "://" in image:
+        raise EngineUnavailableError(f"{image} would be fetched for every participant", fix=f"make a file once with: {build}; then give --image {suggested}")  # fmt: skip
     path = Path(image)
     if not path.exists():
-        raise EngineUnavailableError("the image does not exist", where=path, fix=f"make it with: {build}")
+        raise EngineUnavailableError("the image does not exist", where=path, fix=f"make it once with: {build}; or give --image FILE")
     if path.is_file() and path.stat().st_size == 0:
         raise EngineUnavailableError("the image is empty: its download broke off", where=path, fix=f"make it again with: {build}")
     _check_version(version, program, "run", "--cleanenv", str(path.absolute()), "--version")

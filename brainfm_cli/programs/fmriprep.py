@@ -1,4 +1,4 @@
-"""fMRIPrep's arguments for one participant, what it must write, and what its way of ending means.
+"""fMRIPrep's arguments for one participant, and what its way of ending means.
 
 Where the program runs (on this machine, in Docker, in Apptainer) is :mod:`brainfm_cli.programs.containers`' business.
 """
@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from brainfm_cli.bids.inputs import run_key
-from brainfm_cli.bids.names import parse_name
 from brainfm_cli.errors import (
     BrainFMError,
     DiskFullError,
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from brainfm_cli.bids.raw import RawParticipant
     from brainfm_cli.programs.commands import Ending
 
 LTS_VERSION = "25.2.7"
@@ -188,57 +185,6 @@ def template_of(space: str) -> str | None:
     """TemplateFlow's name of an output space; none for spaces of the participant and of FreeSurfer."""
     name = space.partition(":")[0]
     return None if name in NONSTANDARD_SPACES or name.startswith("fsaverage") else name
-
-
-def missing_outputs(task: Task, participant: RawParticipant) -> list[str]:
-    """What fMRIPrep had to write for this participant and did not, as names with ``*`` for what may vary."""
-    label = f"sub-{task.label}"
-    names = [path for path in task.output.rglob(f"{label}*") if path.is_file() and path.stat().st_size > 0]
-    parsed = [(parse_name(path.name), path) for path in names if "figures" not in path.parts and "sourcedata" not in path.parts]
-    found = [(entities, f"{suffix}{extension}") for (entities, suffix, extension), _ in parsed]
-    missing = []
-    if not any(path.suffix == ".html" and path.parent == task.output for path in names):
-        missing.append(f"{label}.html")
-    for ending, desc in (("T1w.nii.gz", "preproc"), ("mask.nii.gz", "brain")):
-        if not any(kind == ending and entities.get("desc") == desc and "task" not in entities for entities, kind in found):
-            missing.append(f"{label}/**/anat/{label}*_desc-{desc}_{ending}")
-    if task.anat_only:
-        return missing
-    for run in participant.bold:
-        mine = [(entities, kind) for entities, kind in found if "sub" in entities and run_key(entities) == run.key]
-        missing += [
-            f"{run.key.name}*{_pattern(wanted)}_{ending}"
-            for wanted, ending in _wanted(task)
-            if not any(kind == ending and all(entities.get(key) == value for key, value in wanted.items()) for entities, kind in mine)
-        ]
-    return missing
-
-
-def _wanted(task: Task) -> list[tuple[dict[str, str | None], str]]:
-    """Entities and ending of every file that each run must have; a None is an entity that must be absent."""
-    wanted: list[tuple[dict[str, str | None], str]] = [({"desc": "coreg", "space": None}, "boldref.nii.gz")]
-    if task.level != "full":
-        return wanted
-    wanted.append(({"desc": "confounds"}, "timeseries.tsv"))
-    for space in task.output_spaces:
-        name, *rest = space.split(":")
-        details = dict(part.split("-", 1) for part in rest if "-" in part)
-        if name.startswith("fs"):
-            if not task.fs_no_reconall:
-                label = {"fsaverage:den-10k": "fsaverage5", "fsaverage:den-41k": "fsaverage6"}.get(space, name)
-                wanted += [({"hemi": side, "space": label}, "bold.func.gii") for side in "LR"]
-            continue
-        if name in {"sbref", "boldref", "bold", "run", "func"}:
-            wanted.append(({"desc": "preproc", "space": None}, "bold.nii.gz"))
-            continue
-        entities: dict[str, str | None] = {"space": "T1w" if name in {"anat", "T1w"} else name}
-        entities |= {key: details[key] for key in ("cohort", "res") if key in details and details[key] != "native"}
-        wanted += [({**entities, "desc": "preproc"}, "bold.nii.gz"), ({**entities, "desc": "brain"}, "mask.nii.gz")]
-    return wanted
-
-
-def _pattern(wanted: dict[str, str | None]) -> str:
-    return "".join(f"_{key}-{value}" for key, value in wanted.items() if value is not None)
 
 
 _PERMISSION = re.compile(r"PermissionError|Permission denied|Read-only file system|Errno 13\b|Errno 30\b")

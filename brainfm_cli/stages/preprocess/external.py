@@ -1,0 +1,261 @@
+"""Participant level with fMRIPrep: preflight, one resumable unit per participant, outputs checked and published."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from brainfm_cli.bids.derivatives import write_json
+from brainfm_cli.bids.inputs import choose_participants, read_filters
+from brainfm_cli.bids.raw import outside_dataset, raw_files, read_raw_participant
+from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
+from brainfm_cli.config import Selection, digest_of
+from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, InputNotFoundError, OutputError, ProgramFailedError
+from brainfm_cli.programs.commands import run_logged
+from brainfm_cli.programs.containers import build_command, check_binds, check_engine, official_image, scratch_folders
+from brainfm_cli.programs.fmriprep import Task, error_of
+from brainfm_cli.programs.fmriprep_outputs import missing_outputs, publish, stated_version
+from brainfm_cli.programs.preflight import check_space, find_licence, find_templateflow, memory_per_unit_mb
+from brainfm_cli.provenance import stamp_input
+from brainfm_cli.stages.preprocess.output import open_dataset, planned_dataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from brainfm_cli.bids.raw import RawParticipant
+    from brainfm_cli.config import Invocation
+    from brainfm_cli.programs.commands import Command
+    from brainfm_cli.programs.containers import Engine
+    from brainfm_cli.stages.preprocess.settings import PreprocessSettings
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+_SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this machine has for the run, found by the preflight."""
+
+    engine: Engine
+    """Way of running fMRIPrep."""
+    image: str | None
+    """Docker image or Apptainer file; none on this machine itself."""
+    rootless: bool
+    """Docker's daemon runs as the user."""
+    licence: Path
+    """FreeSurfer's licence."""
+    templateflow: Path | None
+    """TemplateFlow home, none for fMRIPrep's own."""
+    memory_mb: int
+    """For each participant."""
+    threads: int
+    """For each participant."""
+
+
+def preprocess_participants(call: Invocation, settings: PreprocessSettings) -> int:
+    """Do the participants that are not current; gives back the exit code."""
+    labels = choose_participants(call.input_dir, call.selection)
+    inputs = {label: raw_files(call.input_dir, label, call.selection, anat_only=settings.anat_only) for label in labels}
+    planned = planned_dataset(call, settings)
+    states = plan_units(planned, [Unit(name=f"sub-{label}", inputs=inputs[label], work=preprocess_participant) for label in labels])
+    todo = [label for label in labels if states[f"sub-{label}"] != "current"]
+    machine, problems = _preflight(call, settings, [inputs[label] for label in todo])
+    tasks = {label: _task(call, settings, machine, label, inputs[label]) for label in labels}
+    if call.dry_run:
+        _print_plan(call, machine, tasks, states, problems)
+        return EXIT_OK
+    if todo and problems:
+        for problem in problems[:-1]:
+            log.error("%s", problem)
+        raise problems[-1]
+    dataset = open_dataset(call, settings)
+    units = [_unit(call, dataset.root, tasks[label], inputs[label], machine) for label in labels]
+    return run_units(dataset, units, call.execution)
+
+
+def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[Sequence[Path]]) -> tuple[Machine, list[BrainFMError]]:
+    """What the machine has, and everything that it lacks, so that all of it can be mended at once."""
+    problems: list[BrainFMError] = []
+
+    def check(question: Callable[[], Found], otherwise: Found) -> Found:
+        try:
+            return question()
+        except BrainFMError as error:
+            problems.append(error)
+            return otherwise
+
+    engine: Engine = "fmriprep-docker" if settings.fmriprep_docker else settings.engine
+    execution = call.execution
+    official = official_image(engine, settings.fmriprep_version)
+    image = None if engine == "fmriprep" else execution.image or official
+    at_a_time = max(1, min(execution.nprocs, len(inputs)))
+    largest = sorted((sum(path.stat().st_size for path in paths) for paths in inputs), reverse=True)[:at_a_time]
+    licence = check(lambda: find_licence(execution.fs_license_file), Path("license.txt"))
+    templateflow = check(lambda: find_templateflow(settings.output_spaces), None)
+    rootless = check(
+        lambda: check_engine(engine, image=image, version=settings.fmriprep_version, pinned=engine != "apptainer" and image == official),
+        otherwise=False,
+    )
+    memory_mb = check(lambda: memory_per_unit_mb(execution.mem_mb, units=at_a_time), execution.mem_mb or 0)
+    check(lambda: _check_work_dir(call, engine), None)
+    check(lambda: check_space((call.output_dir, _work_dir(call)), input_bytes=sum(largest)), None)
+    machine = Machine(
+        engine=engine,
+        image=image,
+        rootless=rootless,
+        licence=licence,
+        templateflow=templateflow,
+        memory_mb=memory_mb,
+        threads=execution.omp_nthreads or max(1, (os.cpu_count() or 1) // at_a_time),
+    )
+    return machine, problems
+
+
+def _work_dir(call: Invocation) -> Path:
+    # A hidden folder of the output, unless told otherwise: a private temporary folder would not let a killed job resume.
+    return (call.execution.work_dir or call.output_dir / ".work").absolute()
+
+
+def _check_work_dir(call: Invocation, engine: Engine) -> None:
+    # fMRIPrep looks at the paths it is given: in our own containers the work folder has another one.
+    if engine in {"fmriprep", "fmriprep-docker"} and _work_dir(call).resolve().is_relative_to(call.input_dir.resolve()):
+        raise OutputError(
+            "fMRIPrep refuses a work folder inside the input dataset", where=_work_dir(call), fix="give another with --work-dir DIR"
+        )
+
+
+def _task(call: Invocation, settings: PreprocessSettings, machine: Machine, label: str, inputs: Sequence[Path]) -> Task:
+    # Other inputs or settings get another folder, so that nothing made from the old ones is taken for new.
+    made_from = [planned_dataset(call, settings).configuration_hash, [stamp_input(path).model_dump(mode="json") for path in inputs]]
+    folder = (
+        _work_dir(call)
+        / f"brainfm_sub-{label}_{digest_of([made_from, call.selection.model_dump(mode='json', exclude={'participant_label'})])[:8]}"
+    )
+    tasks = call.selection.task_id
+    filtered = call.selection.bids_filter_file is not None or len(tasks) > 1
+    subjects = call.execution.fs_subjects_dir
+    return Task(
+        label=label,
+        data=call.input_dir,
+        output=folder / "out",
+        scratch=folder / "scratch",
+        licence=machine.licence,
+        output_spaces=settings.output_spaces,
+        level=settings.level,
+        threads=machine.threads,
+        memory_mb=machine.memory_mb,
+        anat_only=settings.anat_only,
+        fs_no_reconall=settings.fs_no_reconall,
+        ignore=settings.ignore,
+        seed=settings.seed,
+        sessions=call.selection.session_label,
+        task=tasks[0] if len(tasks) == 1 else None,
+        filters=folder / "scratch" / "bids_filters.json" if filtered else None,
+        datasets=tuple(sorted((name, path.absolute()) for name, path in call.datasets.items())),
+        fs_subjects_dir=subjects.absolute() if subjects else None,
+        templateflow=machine.templateflow,
+        options=settings.options,
+        verbose=call.execution.verbose,
+    )
+
+
+def _unit(call: Invocation, root: Path, task: Task, inputs: tuple[Path, ...], machine: Machine) -> Unit:
+    arguments: dict[str, Any] = {
+        "root": root,
+        "task": task,
+        "machine": machine,
+        "selection": call.selection.model_copy(update={"participant_label": ()}),
+        "max_hours": call.execution.max_hours,
+        "clean": call.execution.clean_workdir,
+    }
+    return Unit(name=f"sub-{task.label}", inputs=inputs, work=preprocess_participant, arguments=arguments)
+
+
+def preprocess_participant(
+    root: Path, task: Task, machine: Machine, selection: Selection, max_hours: float | None, *, clean: bool
+) -> UnitResult:
+    """Run fMRIPrep for one participant, check what it wrote, and publish it.
+
+    Raises
+    ------
+    BrainFMError
+        The input cannot be preprocessed, or fMRIPrep ended with an error, or something is missing in the end.
+    """
+    participant = read_raw_participant(task.data, task.label, selection, anat_only=task.anat_only)
+    _check(participant, task, machine)
+    folder = task.output.parent
+    if clean:
+        shutil.rmtree(folder, ignore_errors=True)
+    for needed in scratch_folders(machine.engine, task):
+        needed.mkdir(parents=True, exist_ok=True)
+    if task.filters:
+        write_json(task.filters, _filters(selection))
+    log_file = root / "logs" / f"sub-{task.label}_fmriprep.log"
+    command = _command(task, machine)
+    ending = run_logged(command, log_file, name=f"sub-{task.label}", max_hours=max_hours, echo=task.verbose > 0)
+    if ending.code != EXIT_OK:
+        raise error_of(ending, log_file=log_file, in_container=machine.engine != "fmriprep")
+    if missing := missing_outputs(task, participant):
+        raise ProgramFailedError(
+            f"fMRIPrep ended without an error and did not write {', '.join(missing[:_SHOWN])}",
+            where=log_file,
+            fix="read the log; the same command with --clean-workdir starts from the beginning",
+        )
+    version = stated_version(task)
+    outputs = publish(task, root)
+    shutil.rmtree(folder, ignore_errors=True)
+    return UnitResult(outputs=outputs, notes=(f"made with fMRIPrep {version or 'of unknown version'}",))
+
+
+def _command(task: Task, machine: Machine) -> Command:
+    return build_command(machine.engine, task, image=machine.image, rootless=machine.rootless)
+
+
+def _check(participant: RawParticipant, task: Task, machine: Machine) -> None:
+    where = task.data / f"sub-{task.label}"
+    if not participant.t1w and not task.datasets:
+        raise InputNotFoundError("fMRIPrep needs a T1w image and there is none", where=where, fix="leave this participant out, or give its derivatives with --datasets")  # fmt: skip
+    if not participant.bold and not task.anat_only:
+        raise InputNotFoundError("there is no BOLD run", where=where, fix="preprocess structural images only with --anat-only")
+    if machine.engine == "fmriprep":
+        return
+    check_binds(task)
+    if outside := outside_dataset(participant):
+        raise InputDatasetError(
+            f"{len(outside)} files are links to outside the dataset, which a container does not see",
+            where=outside[0],
+            fix="copy the dataset with 'cp -rL', or use --engine fmriprep",
+        )
+
+
+def _filters(selection: Selection) -> Mapping[str, Any]:
+    path = selection.bids_filter_file
+    filters: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    if len(selection.task_id) > 1:  # fMRIPrep's own option takes one
+        for query in ("bold", "sbref"):
+            filters[query] = {"task": list(selection.task_id), **read_filters(selection, query)}
+    return filters
+
+
+def _print_plan(
+    call: Invocation, machine: Machine, tasks: Mapping[str, Task], states: Mapping[str, str], problems: Sequence[BrainFMError]
+) -> None:
+    lines = [
+        f"# preprocess {len(tasks)} participants of {call.input_dir} into {call.output_dir}",
+        f"# {call.execution.nprocs} at a time, each with {machine.memory_mb} MB and {machine.threads} threads; work folder {_work_dir(call)}",
+        *(f"# not ready: {problem}" for problem in problems),
+    ]
+    for label, task in tasks.items():
+        lines.append(f"# sub-{label}: {states[f'sub-{label}']}")
+        if states[f"sub-{label}"] != "current":
+            folders = scratch_folders(machine.engine, task)
+            lines += ["mkdir -p " + " ".join(shlex.quote(str(folder)) for folder in folders), _command(task, machine).line]
+    sys.stdout.write("\n".join(lines) + "\n")

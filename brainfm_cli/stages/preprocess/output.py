@@ -1,0 +1,45 @@
+"""The output dataset of ``brainfm preprocess``: ours, with fMRIPrep named beside us."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from brainfm_cli.bids.derivatives import OutputDataset, chained_hash, write_text
+from brainfm_cli.bids.names import BIDSIGNORE
+from brainfm_cli.programs.fmriprep import CODE_URL
+
+if TYPE_CHECKING:
+    from brainfm_cli.config import Invocation
+    from brainfm_cli.stages.preprocess.settings import PreprocessSettings
+
+# Names that fMRIPrep writes and the validator does not know.
+_IGNORED = """\
+.work
+*_hemi-*
+desc-*_dseg.tsv
+*_desc-coreg_*
+*_desc-hmc_*
+*_xfm.*
+"""
+_TEMPLATEFLOW = "https://github.com/templateflow/templateflow"
+
+
+def planned_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDataset:
+    """The output as it would be; nothing is written."""
+    digest = chained_hash("preprocess", settings, (call.input_dir,))
+    return OutputDataset(root=call.output_dir, command="preprocess", configuration_hash=digest)
+
+
+def open_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDataset:
+    """The output folder. The links named raw and templateflow are those that fMRIPrep's ``Sources`` use."""
+    dataset = OutputDataset.open(
+        call.output_dir,
+        command="preprocess",
+        settings=settings,
+        sources=(call.input_dir,),
+        made_with=({"Name": "fMRIPrep", "Version": settings.fmriprep_version, "CodeURL": CODE_URL},),
+        links={"raw": os.path.relpath(call.input_dir.resolve(), call.output_dir.resolve()), "templateflow": _TEMPLATEFLOW},
+    )
+    write_text(dataset.root / ".bidsignore", BIDSIGNORE + _IGNORED)
+    return dataset
