@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+_WIDE_INCHES = 7.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -84,13 +86,13 @@ def figure(drawing: Figure, *, caption: str, alt: str, dpi: int = 110, colours: 
     drawing.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     drawing.clear()
     png = buffer.getvalue() if colours is None else _with_palette(buffer, colours)
-    return picture(png, caption=caption, alt=alt)
+    return picture(png, caption=caption, alt=alt, wide=bool(drawing.get_figwidth() > _WIDE_INCHES))
 
 
-def picture(png: bytes, *, caption: str, alt: str) -> Markup:
-    """A PNG image as an embedded picture."""
-    shown = Markup('<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>')
-    return shown.format(base64.b64encode(png).decode(), alt, caption)
+def picture(png: bytes, *, caption: str, alt: str, wide: bool = False) -> Markup:
+    """A PNG image as an embedded picture; a wide one scrolls on a narrow screen, where shrinking would make its text unreadable."""
+    shown = Markup('<figure><div{}><img src="data:image/png;base64,{}" alt="{}"></div><figcaption>{}</figcaption></figure>')
+    return shown.format(Markup(' class="wide"') if wide else "", base64.b64encode(png).decode(), alt, caption)
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", highlight: Sequence[int] = ()) -> Markup:

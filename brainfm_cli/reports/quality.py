@@ -323,7 +323,7 @@ def _boxes(groups: Mapping[str, NDArray[np.float64]], *, label: str, caption: st
     heights = np.arange(len(groups))[::-1]
     spread = np.random.default_rng(0)  # fixed: the same table gives the same picture
     for height, values in zip(heights, groups.values(), strict=True):
-        axis.plot(values, height + spread.uniform(-0.25, 0.25, len(values)), ".", color=BLUE, markersize=3, alpha=0.5, markeredgewidth=0)
+        axis.plot(values, height + spread.uniform(-0.25, 0.25, len(values)), ".", color=BLUE, markersize=4, alpha=0.6, markeredgewidth=0)
     axis.boxplot(
         list(groups.values()), positions=heights, orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False,
         medianprops={"color": ORANGE},
