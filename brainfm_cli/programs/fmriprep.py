@@ -13,6 +13,7 @@ from brainfm_cli.errors import (
     BrainFMError,
     DiskFullError,
     EngineUnavailableError,
+    InputDatasetError,
     LicenceError,
     MissingProgramError,
     NetworkError,
@@ -194,8 +195,15 @@ _SEGFAULT = re.compile(r"Segmentation fault|SIGSEGV")
 _RECON = re.compile(r"IsRunning\.(lh|rh)|recon-all may already be running|It appears that recon-all is already running")
 _NETWORK = re.compile(r"ConnectionError|Max retries exceeded|Name or service not known|Temporary failure in name resolution|URLError")
 _LICENCE = re.compile(r"(valid|FreeSurfer) license (file )?(is required|not found)|license\.txt.*(not found|No such file)", re.IGNORECASE)
+_FINISHED = "fMRIPrep finished successfully!"
+_NO_REPORT = "Report generation was not successful"
 _ENGINE = re.compile(r"^docker: |OCI runtime|FATAL:|Error response from daemon", re.MULTILINE)
 _ARGUMENTS = re.compile(r"error: (unrecognized arguments|argument |ambiguous option).*")
+
+
+def only_report_failed(ending: Ending) -> bool:
+    """Whether fMRIPrep ended with 1 for its report's sake alone: its workflow was done, and the data are whole."""
+    return ending.code == 1 and any(_FINISHED in line for line in ending.tail) and any(_NO_REPORT in line for line in ending.tail)
 
 
 def error_of(ending: Ending, *, log_file: Path, in_container: bool) -> BrainFMError:
@@ -255,6 +263,9 @@ def _failure(code: int, text: str, log_file: Path) -> BrainFMError:
     elif _NETWORK.search(text):
         fix = "give a filled TemplateFlow home (TEMPLATEFLOW_HOME), or run once where there is a network"
         return NetworkError("fMRIPrep wants to fetch something and there is no network", where=log_file, fix=fix)
+    elif code == 65:
+        fix = "mend the metadata that the log names, e.g. TotalReadoutTime, or add -- --fallback-total-readout-time estimated"
+        return InputDatasetError("fMRIPrep finds the data unusable (code 65)", where=log_file, fix=fix)
     elif code == 70:
         what = "fMRIPrep could not build its workflow (code 70)"
     else:

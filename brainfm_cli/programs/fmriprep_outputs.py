@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 _NOT_OURS = {"dataset_description.json", ".bidsignore"}
 
 
-def missing_outputs(task: Task, participant: RawParticipant) -> list[str]:
+def missing_outputs(task: Task, participant: RawParticipant, *, report: bool = True) -> list[str]:
     """What fMRIPrep had to write for this participant and did not, as names with ``*`` for what may vary."""
     label = f"sub-{task.label}"
     names = [path for path in task.output.rglob(f"{label}*") if path.is_file() and path.stat().st_size > 0]
     parsed = [(parse_name(path.name), path) for path in names if "figures" not in path.parts and "sourcedata" not in path.parts]
     found = [(entities, f"{suffix}{extension}") for (entities, suffix, extension), _ in parsed]
     missing = []
-    if not any(path.suffix == ".html" and path.parent == task.output for path in names):
+    if report and not any(path.suffix == ".html" and path.parent == task.output for path in names):
         missing.append(f"{label}.html")
     for ending, desc in (("T1w.nii.gz", "preproc"), ("mask.nii.gz", "brain")):
         if not any(kind == ending and entities.get("desc") == desc and "task" not in entities for entities, kind in found):

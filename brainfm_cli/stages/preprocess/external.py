@@ -20,10 +20,11 @@ from brainfm_cli.config import Selection, digest_of
 from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, InputNotFoundError, OutputError, ProgramFailedError
 from brainfm_cli.programs.commands import run_logged
 from brainfm_cli.programs.containers import build_command, check_binds, check_engine, official_image, scratch_folders
-from brainfm_cli.programs.fmriprep import Task, error_of
+from brainfm_cli.programs.fmriprep import Task, error_of, only_report_failed
 from brainfm_cli.programs.fmriprep_outputs import missing_outputs, publish, stated_version
 from brainfm_cli.programs.preflight import check_space, find_licence, find_templateflow, memory_per_unit_mb
 from brainfm_cli.provenance import stamp_input
+from brainfm_cli.stages.preprocess.measures import measure_runs, measures_path
 from brainfm_cli.stages.preprocess.output import open_dataset, planned_dataset
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ def preprocess_participants(call: Invocation, settings: PreprocessSettings) -> i
     """Do the participants that are not current; gives back the exit code."""
     labels = choose_participants(call.input_dir, call.selection)
     inputs = {label: raw_files(call.input_dir, label, call.selection, anat_only=settings.anat_only) for label in labels}
-    planned = planned_dataset(call, settings)
-    states = plan_units(planned, [Unit(name=f"sub-{label}", inputs=inputs[label], work=preprocess_participant) for label in labels])
+    bare = [Unit(name=f"sub-{label}", inputs=inputs[label], work=preprocess_participant) for label in labels]
+    states = plan_units(planned_dataset(call, settings), bare)
     todo = [label for label in labels if states[f"sub-{label}"] != "current"]
+    if not todo and not call.dry_run:
+        return run_units(open_dataset(call, settings), bare, call.execution)  # says so; nothing is asked of any engine
     machine, problems = _preflight(call, settings, [inputs[label] for label in todo])
     tasks = {label: _task(call, settings, machine, label, inputs[label]) for label in labels}
     if call.dry_run:
         _print_plan(call, machine, tasks, states, problems)
         return EXIT_OK
-    if todo and problems:
+    if problems:
         for problem in problems[:-1]:
             log.error("%s", problem)
         raise problems[-1]
@@ -201,18 +204,23 @@ def preprocess_participant(
     log_file = root / "logs" / f"sub-{task.label}_fmriprep.log"
     command = _command(task, machine)
     ending = run_logged(command, log_file, name=f"sub-{task.label}", max_hours=max_hours, echo=task.verbose > 0)
-    if ending.code != EXIT_OK:
+    no_report = only_report_failed(ending)
+    if ending.code != EXIT_OK and not no_report:
         raise error_of(ending, log_file=log_file, in_container=machine.engine != "fmriprep")
-    if missing := missing_outputs(task, participant):
+    if missing := missing_outputs(task, participant, report=not no_report):
         raise ProgramFailedError(
             f"fMRIPrep ended without an error and did not write {', '.join(missing[:_SHOWN])}",
             where=log_file,
             fix="read the log; the same command with --clean-workdir starts from the beginning",
         )
-    version = stated_version(task)
-    outputs = publish(task, root)
+    notes = [f"made with fMRIPrep {stated_version(task) or 'of unknown version'}"]
+    if no_report:
+        notes.append(f"fMRIPrep's report could not be made; the data are complete, see {log_file.name}")
+        log.warning("sub-%s: %s", task.label, notes[-1])
+    measures = {} if task.anat_only else measure_runs(task.output, task.label)  # reads every volume: a truncated one is found here
+    outputs = [*publish(task, root), write_json(measures_path(root, task.label), measures)]
     shutil.rmtree(folder, ignore_errors=True)
-    return UnitResult(outputs=outputs, notes=(f"made with fMRIPrep {version or 'of unknown version'}",))
+    return UnitResult(outputs=tuple(outputs), notes=tuple(notes))
 
 
 def _command(task: Task, machine: Machine) -> Command:

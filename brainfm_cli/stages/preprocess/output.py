@@ -13,14 +13,12 @@ if TYPE_CHECKING:
     from brainfm_cli.config import Invocation
     from brainfm_cli.stages.preprocess.settings import PreprocessSettings
 
-# Names that fMRIPrep writes and the validator does not know.
+# As in fMRIPrep's own .bidsignore, which ours takes the place of, and what the validator of today does not know.
 _IGNORED = """\
+*.surf.gii
+*_bold.func.gii
+*_mixing.tsv
 .work
-*_hemi-*
-desc-*_dseg.tsv
-*_desc-coreg_*
-*_desc-hmc_*
-*_xfm.*
 """
 _TEMPLATEFLOW = "https://github.com/templateflow/templateflow"
 
@@ -33,13 +31,15 @@ def planned_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDat
 
 def open_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDataset:
     """The output folder. The links named raw and templateflow are those that fMRIPrep's ``Sources`` use."""
+    datasets = {"raw": call.input_dir, **call.datasets}
+    links = {name: os.path.relpath(folder.resolve(), call.output_dir.resolve()) for name, folder in datasets.items()}
     dataset = OutputDataset.open(
         call.output_dir,
         command="preprocess",
         settings=settings,
         sources=(call.input_dir,),
         made_with=({"Name": "fMRIPrep", "Version": settings.fmriprep_version, "CodeURL": CODE_URL},),
-        links={"raw": os.path.relpath(call.input_dir.resolve(), call.output_dir.resolve()), "templateflow": _TEMPLATEFLOW},
+        links={**links, "templateflow": _TEMPLATEFLOW},
     )
     write_text(dataset.root / ".bidsignore", BIDSIGNORE + _IGNORED)
     return dataset
