@@ -49,8 +49,12 @@ class _Grid:
 
     voxels: NDArray[np.int64]
     """Positions in a flat volume of Fortran order."""
-    regions: NDArray[np.int32]
-    """(atlases, voxels) row among the regions of all atlases, -1 outside."""
+    cells: NDArray[np.int64]
+    """(voxels,) cell of each."""
+    num_cells: int
+    """Number of cells."""
+    members: tuple[NDArray[np.int64], NDArray[np.int64]]
+    """Pairs of region, counted over all atlases, and cell: which cells make up each region."""
     full_sizes: NDArray[np.int64]
     """(regions of all atlases,) voxels of each region on an unlimited grid."""
 
@@ -64,7 +68,7 @@ class _Operator:
     cells: NDArray[np.int64]
     """(voxels,) cell of each."""
     means: csr_array
-    """(regions of all atlases, cells): 1 / voxels of the region; rows of uncovered regions are empty."""
+    """(regions of all atlases, cells): 1 / voxels of the region."""
     sizes: NDArray[np.int64]
     """(regions of all atlases,) voxels inside the mask."""
     full_sizes: NDArray[np.int64]
@@ -178,29 +182,28 @@ def _grid(header: SeriesHeader, atlases: Sequence[Atlas], space: str) -> _Grid:
         first += atlas.num_regions
     stacked = np.stack(rows)
     voxels = np.flatnonzero((stacked >= 0).any(0))
-    return _Grid(voxels=voxels, regions=stacked[:, voxels], full_sizes=np.concatenate(sizes))
-
-
-def _build(grid: _Grid, inside: NDArray[np.bool_]) -> _Operator:
-    from scipy.sparse import csr_array
-
-    chosen = inside[grid.voxels]
-    voxels, regions = grid.voxels[chosen], grid.regions[:, chosen]
+    regions = stacked[:, voxels]
     cells = np.zeros(len(voxels), np.int64)
     for row in regions:
         # cells so far, divided further by this atlas
-        _, cells = np.unique(cells * (len(grid.full_sizes) + 1) + (row + 1), return_inverse=True)
+        _, cells = np.unique(cells * (first + 1) + (row + 1), return_inverse=True)
     num_cells = int(cells.max(initial=-1)) + 1
-    member = np.zeros(num_cells, np.int64)
-    member[cells] = np.arange(len(voxels))  # any voxel stands for its cell: all have the same regions
-    region, cell = [], []
-    for row in regions:
-        of_cell = row[member]
-        held = np.flatnonzero(of_cell >= 0)
-        region.append(of_cell[held])
-        cell.append(held)
-    voxels_of_cell = np.bincount(cells, minlength=num_cells)
-    rows, columns = np.concatenate(region), np.concatenate(cell)
-    sizes = np.bincount(rows, weights=voxels_of_cell[columns], minlength=len(grid.full_sizes)).astype(np.int64)
-    means = csr_array((1.0 / sizes[rows], (rows, columns)), shape=(len(grid.full_sizes), num_cells))
+    of_cell = np.empty((len(regions), num_cells), np.int64)
+    of_cell[:, cells] = regions  # all voxels of a cell have the same regions
+    row_of_pair, cell = np.nonzero(of_cell >= 0)
+    members = (of_cell[row_of_pair, cell], cell)
+    return _Grid(voxels=voxels, cells=cells, num_cells=num_cells, members=members, full_sizes=np.concatenate(sizes))
+
+
+def _build(grid: _Grid, inside: NDArray[np.bool_]) -> _Operator:
+    """Only counting depends on the mask: the cells are those of the grid, of which the mask may empty some."""
+    from scipy.sparse import csr_array
+
+    chosen = inside[grid.voxels]
+    voxels, cells = grid.voxels[chosen], grid.cells[chosen]
+    voxels_of_cell = np.bincount(cells, minlength=grid.num_cells)
+    regions, of_region = grid.members
+    sizes = np.bincount(regions, weights=voxels_of_cell[of_region], minlength=len(grid.full_sizes)).astype(np.int64)
+    weights = 1.0 / np.maximum(sizes[regions], 1)
+    means = csr_array((weights, (regions, of_region)), shape=(len(grid.full_sizes), grid.num_cells))
     return _Operator(voxels=voxels, cells=cells, means=means, sizes=sizes, full_sizes=grid.full_sizes)
