@@ -180,18 +180,15 @@ def _stop_late(process: subprocess.Popen[str], over: threading.Event) -> None:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Terminate the program's process group, and kill what does not go."""
-    for number, patience in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
-        if process.poll() is not None:
-            return
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+    """Terminate the program's process group, and kill what does not go: children may outlive their parent."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextlib.contextmanager

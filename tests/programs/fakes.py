@@ -128,6 +128,14 @@ def write_from_listing(root: Path, listing: Path) -> Path:
     return root
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def write_image(path: Path, shape: tuple[int, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = np.random.default_rng(len(shape)).integers(1, 100, shape).astype(np.int16)

@@ -22,6 +22,7 @@ ALL = ("fmriprep", "docker", "apptainer", "fmriprep-docker")
 ENGINES = {
     "fmriprep": (),
     "docker": (),
+    "fmriprep-docker": ("--set", "fmriprep_docker=true"),
     "apptainer": ("--image", "fmriprep.sif"),
     "singularity": ("--image", "fmriprep.sif"),
 }
@@ -66,8 +67,11 @@ def record(out: Path, unit: str = "sub-01") -> dict:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_publishes_what_fmriprep_wrote(engine: str, raw: Path, tmp_path: Path, engines: fakes.Fakes, run) -> None:
     out = tmp_path / "out"
-    code, said = run(*preprocess(raw, out, "--engine", engine, *ENGINES[engine]))
+    name = "docker" if engine == "fmriprep-docker" else engine
+    arguments = preprocess(raw, out, "--engine", name, *ENGINES[engine])
+    code, said = run(*arguments)
     assert code == 0, said
+    assert [call[0] for call in engines.runs] == ["apptainer" if engine == "singularity" else engine]
     tree = {path.relative_to(tmp_path / "tree") for path in (tmp_path / "tree").rglob("*") if path.is_file()}
     own = {Path("dataset_description.json"), Path(".bidsignore"), Path("logs/CITATION.md")}
     assert all((out / path).read_bytes() == (tmp_path / "tree" / path).read_bytes() for path in tree - own)
@@ -80,7 +84,7 @@ def test_every_engine_publishes_what_fmriprep_wrote(engine: str, raw: Path, tmp_
     assert "has a terminal" not in str(engines.calls)
     # Again: everything is current, and no engine is asked anything.
     before = len(engines.calls)
-    assert run(*preprocess(raw, out, "--engine", engine, *ENGINES[engine]))[0] == 0
+    assert run(*arguments)[0] == 0
     assert len(engines.calls) == before
 
 
@@ -227,6 +231,70 @@ def test_one_participant_fails_and_the_other_is_done(tmp_path: Path, engines: fa
     assert len(engines.runs) == 1, "what fMRIPrep cannot do is seen before it starts"
 
 
+def test_everything_that_is_missing_is_said_at_once_and_nothing_is_written(
+    raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch
+) -> None:
+    monkeypatch.delenv("FS_LICENSE")
+    monkeypatch.setenv("FAKE_NO_IMAGE", "1")
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "absent"))
+    out = tmp_path / "out"
+    code, said = run(raw, out, "participant", "--engine", "docker", "--mem-mb", "100")
+    assert code == 75
+    for line in ("--fs-license-file FILE", "unset TEMPLATEFLOW_HOME", "docker pull nipreps/fmriprep:25.2.7", "--mem-mb 8000"):
+        assert line in said
+    assert not out.exists()
+    assert not engines.runs
+    monkeypatch.delenv("TEMPLATEFLOW_HOME")
+    monkeypatch.delenv("FAKE_NO_IMAGE")
+    assert run(*preprocess(raw, out, "--engine", "docker"))[0] == 126
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "code", "says"),
+    [
+        (lambda raw: shutil.rmtree(raw / "sub-01" / "func"), (), 66, "--anat-only"),
+        (lambda raw: shutil.rmtree(raw / "sub-01" / "func"), ("--anat-only",), 0, ""),
+        (lambda raw: (raw / "task-rest_bold.json").unlink(), (), 65, "RepetitionTime is missing"),
+        (lambda raw: _link_away(raw), (), 65, "cp -rL"),
+        (lambda raw: _link_away(raw), ("--engine", "fmriprep"), 0, ""),
+        (lambda raw: None, ("--participant-label", "99"), 66, "no data for participant 99"),
+        (lambda raw: None, ("--engine", "podman"), 78, "engine"),
+        (lambda raw: None, ("--engine", "fmriprep", "--set", "fmriprep_docker=true"), 78, "goes with engine docker"),
+        (lambda raw: None, ("--output-spaces", "../x"), 78, "no output space"),
+        (lambda raw: None, ("--work-dir", "raw/work", "--engine", "fmriprep"), 73, "inside the input dataset"),
+        (lambda raw: None, ("--", "--output-layout", "legacy"), 2, "brainfm's to set"),
+        (lambda raw: fakes.write_text(raw / "sub-01" / "junk.txt", "x"), ("--validate",), 16, "NOT_INCLUDED"),
+    ],
+)  # fmt: skip
+def test_bad_inputs_and_settings(change, arguments: tuple[str, ...], code: int, says: str, raw: Path, tmp_path: Path, engines: fakes.Fakes, run) -> None:  # fmt: skip
+    change(raw)
+    got, said = run(*preprocess(raw, tmp_path / "out", "--engine", "docker", *arguments))
+    assert (got, says in said) == (code, True), said
+
+
+def _link_away(raw: Path) -> None:
+    image = raw / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    image.symlink_to(shutil.move(image, raw.parent / "elsewhere.nii.gz"))
+
+
+def test_tasks_and_filters_reach_fmriprep(raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch) -> None:
+    run(*preprocess(raw, tmp_path / "one", "--engine", "docker", "--task-id", "rest"))
+    assert "--task-id rest" in " ".join(engines.runs[-1])
+    given = tmp_path / "given.json"
+    monkeypatch.setenv("FAKE_CODE", "1")  # so that the work folder stays
+    fakes.write_image(raw / "sub-01" / "func" / "sub-01_task-face_bold.nii.gz", (4, 4, 4, 5))
+    fakes.write_json(raw / "sub-01" / "func" / "sub-01_task-face_bold.json", {"RepetitionTime": 2.0})
+    given.write_text(json.dumps({"bold": {"acquisition": None}, "t1w": {"session": None}}))
+    run(*preprocess(raw, tmp_path / "two", "--engine", "docker", "--task-id", "rest", "face", "--bids-filter-file", given))
+    assert "--bids-filter-file /scratch/bids_filters.json" in " ".join(engines.runs[-1])
+    (written,) = (tmp_path / "two" / ".work").rglob("bids_filters.json")
+    assert json.loads(written.read_text()) == {
+        "bold": {"acquisition": None, "task": ["rest", "face"]},
+        "sbref": {"task": ["rest", "face"]},
+        "t1w": {"session": None},
+    }
+
+
 def test_the_output_passes_the_validator(raw: Path, tmp_path: Path, engines: fakes.Fakes, run) -> None:
     validator = Path(sys.executable).with_name("bids-validator-deno")
     if not validator.exists():
@@ -255,7 +323,7 @@ def test_the_listings_of_fmriprep_itself_are_complete(
     monkeypatch.setenv("FAKE_TREE", str(tree))
     code, said = run(*preprocess(raw, tmp_path / "out", "--engine", "docker", "--output-spaces", *(spaces or ["func"])))
     assert code == 0, said
-    assert len(record(tmp_path / "out")["outputs"]) >= len([name for name in names.split() if "." in Path(name).name]) - 3
+    assert len(record(tmp_path / "out", f"sub-{label}")["outputs"]) >= len([name for name in names.split() if "." in Path(name).name]) - 3
 
 
 def start(*arguments: object, hang: Path | None) -> subprocess.Popen[bytes]:
@@ -273,13 +341,6 @@ def wait_for(path: Path, seconds: float = 30) -> str:
     raise AssertionError(f"{path.name} never came")
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_kill_and_resume(number: signal.Signals, raw: Path, tmp_path: Path, engines: fakes.Fakes) -> None:
     out, hang = tmp_path / "out", tmp_path / "hanging"
@@ -291,9 +352,9 @@ def test_kill_and_resume(number: signal.Signals, raw: Path, tmp_path: Path, engi
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     wait_for(Path(f"{hang}.ended"))  # the engine was told to end, not left alone
     limit = time.monotonic() + 5
-    while is_alive(pid) and time.monotonic() < limit:
+    while fakes.is_alive(pid) and time.monotonic() < limit:
         time.sleep(0.02)
-    assert not is_alive(pid)
+    assert not fakes.is_alive(pid)
     assert record(out)["status"] == "running"
     assert not (out / "sub-01").exists()
     scratch = [path for call in engines.runs for path in call if path.endswith(":/scratch")]
@@ -309,7 +370,7 @@ def test_a_time_limit_ends_a_run_that_hangs(raw: Path, tmp_path: Path, engines: 
     code, said = run(*preprocess(raw, tmp_path / "out", "--engine", "fmriprep", "--set", f"execution.max_hours={1 / 3600}"))
     assert code == 75, said
     assert "time limit" in said
-    assert not is_alive(int((tmp_path / "hanging").read_text()))
+    assert not fakes.is_alive(int((tmp_path / "hanging").read_text()))
 
 
 def test_parallel_participants_in_one_output(tmp_path: Path, engines: fakes.Fakes, run, monkeypatch) -> None:
