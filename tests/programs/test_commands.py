@@ -21,6 +21,14 @@ def bash(script: str, **environment: str) -> Command:
     return Command(argv=("bash", "-c", script), environment=environment)
 
 
+def ends(pid: int) -> bool:
+    """Whether a process that was told to end does so within seconds."""
+    limit = time.monotonic() + 5
+    while is_alive(pid) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
 def test_the_log_has_both_streams_and_the_command(tmp_path: Path) -> None:
     log_file = tmp_path / "logs" / "x.log"
     ending = run_logged(bash("echo to out; echo to err >&2; echo $WORD; exit 7", WORD="a word"), log_file, name="x")
@@ -78,8 +86,7 @@ def test_a_program_that_ignores_its_end_is_killed_with_its_children(tmp_path: Pa
     assert ending.code == 137
     assert time.monotonic() - clock < 10
     child = int((tmp_path / "child").read_text())
-    time.sleep(0.1)
-    assert not is_alive(child)
+    assert ends(child)
 
 
 def test_a_child_that_outlives_its_parent_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +94,7 @@ def test_a_child_that_outlives_its_parent_is_killed(tmp_path: Path, monkeypatch:
     clock = time.monotonic()
     assert run_logged(bash(script), tmp_path / "x.log", name="x", max_hours=0.5 / 3600).timed_out
     assert time.monotonic() - clock < 10
-    assert not is_alive(int((tmp_path / "child").read_text()))
+    assert ends(int((tmp_path / "child").read_text()))
 
 
 def test_a_killed_parent_takes_the_program_with_it(tmp_path: Path) -> None:
@@ -102,9 +109,7 @@ def test_a_killed_parent_takes_the_program_with_it(tmp_path: Path) -> None:
     pid = int((tmp_path / "pid").read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    while is_alive(pid) and time.monotonic() < limit:
-        time.sleep(0.02)
-    assert not is_alive(pid)
+    assert ends(pid), "the program outlived its parent"
 
 
 def test_questions(tmp_path: Path) -> None:
