@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -106,7 +107,7 @@ def evaluate(
         if context.pretrained is None
         else refuse_pretrained(split, context.table, context.pretrained, transductive=context.transductive)
     )
-    used = target.keep(split.table["participant_id"])
+    used = target.keep(list(split.table["participant_id"]))
     checks = (
         audit.audit_scans(split, context.kernels or {}),
         audit.audit_pretraining(overlap, len(tested)),
@@ -373,8 +374,8 @@ class _Scorer:
             if column not in self.table or self.table[column].isna().all() or column == self.people.name:
                 continue
             names = _age_bands(self.table[column], self.settings.age_bands) if column == "age" else self.table[column].map(class_text)
-            for level in dict.fromkeys(sorted(names, key=_band_order)):
-                levels.append((column, level or "unknown", np.flatnonzero(names == level)))
+            found = dict.fromkeys(sorted(names, key=_band_order))
+            levels += [(column, level or "unknown", np.flatnonzero(names == level)) for level in found]
         return levels
 
 
@@ -383,7 +384,7 @@ def _age_bands(ages: pd.Series, edges: Sequence[float]) -> pd.Series:
     numbers = pd.to_numeric(ages, errors="coerce")
     names = [
         f"under {edges[0]:g}",
-        *(f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)),
+        *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)),
         f"{edges[-1]:g} and over",
     ]
     return numbers.map(lambda age: "" if np.isnan(age) else names[int(np.searchsorted(edges, age, side="right"))])

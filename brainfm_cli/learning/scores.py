@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["higher", "lower", "one"]
 _EPS = 1e-15
-_BINS = 10
+CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +347,6 @@ def weighted_auprc(y: NDArray[np.int64], p: NDArray[np.float64]) -> Callable[[ND
 
 def weighted_ece(y: NDArray[np.int64], p: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """Expected calibration error over ten equal bins of probability, as a function of weights."""
-    place = np.clip((p * _BINS).astype(np.int64), 0, _BINS - 1)
-    gaps = np.eye(_BINS)[place] * (y - p)[:, None]
+    place = np.clip((p * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    gaps = np.eye(CALIBRATION_BINS)[place] * (y - p)[:, None]
     return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)

@@ -34,7 +34,7 @@ def state(target: Target, split: Split, results: Sequence[PredictorResult], diff
     score = subject.scores[metric]
     if score.value is None:
         return f"{who}, {METRICS[metric].label} of {subject.name} is not computed: {score.reason}. These numbers allow no statement."
-    sentences = [f"{who}, {subject.name} reaches {METRICS[metric].label} {score}.", _against_chance(target, subject, score, metric)]
+    sentences = [f"{who}, {subject.name} reaches {METRICS[metric].label} {score}.", _against_chance(target, subject, score)]
     if models:
         sentences += _against_floors(subject, differences, floors, metric)
     if target.kind == "binary":
@@ -49,7 +49,7 @@ def state(target: Target, split: Split, results: Sequence[PredictorResult], diff
     return " ".join(sentences)
 
 
-def _against_chance(target: Target, subject: PredictorResult, score: Score, metric: str) -> str:
+def _against_chance(target: Target, subject: PredictorResult, score: Score) -> str:
     chance = 0.0 if target.kind == "continuous" else 0.5
     p = subject.permutation_p
     told = f" (permutation p = {p:.3g})" if p is not None else ""
