@@ -76,15 +76,15 @@ def side_by_side(*columns: Sequence[Markup]) -> Markup:
     return Markup('<div class="beside">{}</div>').format(parts)
 
 
-def figure(drawing: Figure, *, caption: str, alt: str, dpi: int = 110, colours: int | None = None) -> Markup:
-    """A matplotlib figure as an embedded picture; the figure is closed.
+def figure(drawing: Figure, *, caption: str, alt: str, dpi: int = 110, colours: int | None = None, trim: bool = True) -> Markup:
+    """A matplotlib figure as an embedded picture.
 
     ``colours`` (at most 256) stores a palette instead of every pixel's colour: a third of the bytes for matrices and carpets.
+    ``trim`` cuts the margins to what is drawn, which takes drawing it twice.
     """
     buffer = io.BytesIO()
     # No date or version inside the file: the same figure gives the same bytes.
-    drawing.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-    drawing.clear()
+    drawing.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if trim else None, metadata={"Software": None})
     png = buffer.getvalue() if colours is None else _with_palette(buffer, colours)
     return picture(png, caption=caption, alt=alt, wide=bool(drawing.get_figwidth() > _WIDE_INCHES))
 

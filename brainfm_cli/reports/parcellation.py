@@ -16,8 +16,8 @@ from brainfm_cli.reports.drawing import (
     GREY,
     ORANGE,
     draw_connectome,
-    draw_matrix,
     listed,
+    matrix_figure,
     name_networks,
     network_order,
     scale_limit,
@@ -154,8 +154,8 @@ def _carpet(run: RunSummary) -> Markup:
 
     atlas = max(run.atlases, key=lambda one: len(one.regions.names))
     seconds = np.arange(len(run.kept)) * run.repetition_time_s
-    drawing = Figure(figsize=(10, 4.6), layout="constrained")
-    top, below = drawing.subplots(2, 1, sharex=True, height_ratios=[1, 2.6])
+    drawing = Figure(figsize=(10, 4.6))
+    top, below = drawing.add_axes((0.16, 0.74, 0.83, 0.22)), drawing.add_axes((0.16, 0.1, 0.83, 0.61))
     _draw_motion(top, run, seconds)
     networks = network_order(atlas.regions)
     extent = (-run.repetition_time_s / 2, seconds[-1] + run.repetition_time_s / 2, len(networks.order) - 0.5, -0.5)
@@ -167,6 +167,8 @@ def _carpet(run: RunSummary) -> Markup:
     for start in networks.starts[1:-1]:
         below.axhline(start - 0.5, color=BLUE, linewidth=0.7)
     name_networks(below, networks)
+    top.set_xlim(extent[:2])
+    top.set_xticks([])
     below.set_xlabel("time in seconds", fontsize=8)
     below.tick_params(labelsize=8)
     return figure(
@@ -178,6 +180,7 @@ def _carpet(run: RunSummary) -> Markup:
         alt=f"Motion and region series of {run.key.name}",
         dpi=_DPI,
         colours=_COLOURS,
+        trim=False,
     )
 
 
@@ -209,10 +212,7 @@ def _draw_motion(axis: Axes, run: RunSummary, seconds: NDArray[np.floating]) -> 
 
 
 def _matrix(atlas: AtlasSummary) -> Markup:
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(5.4, 4.4), layout="constrained")
-    draw_matrix(drawing.subplots(), atlas.correlation, atlas.regions, limit=scale_limit(_upper(atlas.correlation)), label="correlation")
+    drawing = matrix_figure(atlas.correlation, atlas.regions, limit=scale_limit(_upper(atlas.correlation)), label="r")
     ordered = "ordered by network" if any(atlas.regions.networks) else "in the order of the atlas"
     return figure(
         drawing,
@@ -220,6 +220,7 @@ def _matrix(atlas: AtlasSummary) -> Markup:
         alt=f"Connectivity matrix of {atlas.atlas}",
         dpi=_DPI,
         colours=_COLOURS,
+        trim=False,
     )
 
 
@@ -234,14 +235,15 @@ def _connectome(atlas: AtlasSummary) -> Markup | None:
         alt=f"Connectome of {atlas.atlas} in a glass brain",
         dpi=_DPI,
         colours=_COLOURS,
+        trim=False,
     )
 
 
 def _coverage(atlas: AtlasSummary) -> Markup:
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(5.4, 1.7), layout="constrained")
-    axis = drawing.subplots()
+    drawing = Figure(figsize=(5.4, 1.7))
+    axis = drawing.add_axes((0.1, 0.26, 0.88, 0.69))
     tidy(axis)
     order = np.argsort(atlas.coverage, kind="stable")
     gone = set(atlas.lost)
@@ -255,7 +257,7 @@ def _coverage(atlas: AtlasSummary) -> Markup:
     axis.set_ylabel("coverage", fontsize=8)
     caption = "Share of each region inside the brain mask."
     caption += f" Lost ({len(atlas.lost)}): {listed(atlas.lost)}." if atlas.lost else " No region is lost."
-    return figure(drawing, caption=caption, alt=f"Coverage of {atlas.atlas}", dpi=_DPI, colours=_COLOURS)
+    return figure(drawing, caption=caption, alt=f"Coverage of {atlas.atlas}", dpi=_DPI, colours=_COLOURS, trim=False)
 
 
 def _upper(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainfm_cli.bids.cohort import iterate_runs
 from brainfm_cli.records import RegionTable
-from brainfm_cli.reports.drawing import BLUE, ORANGE, draw_matrix, scale_limit, shortened, tidy
+from brainfm_cli.reports.drawing import BLUE, ORANGE, matrix_figure, scale_limit, shortened, tidy
 from brainfm_cli.reports.page import Page, Section, figure, heading, paragraph, side_by_side, table
 from brainfm_cli.signals.connectivity import fisher_z, pearson
 from brainfm_cli.signals.quality import MIN_RUNS_FOR_MOTION, MotionTrace, correlation, edge_distances, edges, outliers
@@ -51,6 +51,7 @@ OUTLIER_SIDES: dict[str, int] = {
 
 _MOST_FLAGGED = 200
 _MOST_SITES = 24
+_FEWEST_FOR_BOX = 5
 _COLOURS, _DPI = 192, 90
 
 
@@ -189,7 +190,9 @@ def _motion_section(runs: pd.DataFrame) -> Section:
     if not np.isfinite(runs["mean_fd"].to_numpy(float)).any():
         return Section(title="Motion", lead=lead, blocks=(paragraph("No run has a motion table."),))
     sites = _by_site(runs)
-    caption = f"Mean FD by site ({len(sites)} shown): box from quartile to quartile, line at the median, every run a dot."
+    caption = (
+        f"Mean FD by site ({len(sites)} shown): box from quartile to quartile, line at the median (from five runs on), every run a dot."
+    )
     return Section(title="Motion", lead=lead, blocks=(_boxes(sites, label="mean FD in mm", caption=caption, alt="Motion by site"),))
 
 
@@ -217,6 +220,7 @@ def _summary_section(assessment: Assessment) -> Section:
                 "mean coverage": _mean(part["mean_coverage"].to_numpy(float)),
                 "runs with lost regions": int((part["missing_regions"] > 0).sum()),
                 "median |QC-FC|": quality.median_motion,
+                "by chance": chance_motion(int(np.isfinite(part["mean_fd"].to_numpy(float)).sum())),
                 "QC-FC with distance": quality.motion_by_distance,
                 "median typicality": _median(part["typicality"].to_numpy(float)),
                 "flagged": int(part["outlier_in"].notna().sum()),
@@ -233,8 +237,21 @@ def _summary_section(assessment: Assessment) -> Section:
         blocks.append(_boxes(by_atlas, label="mean coverage", caption=caption, alt="Coverage by atlas"))
     else:
         blocks.append(paragraph("The coverage of the regions is unknown."))
-    lead = "QC-FC is the correlation over runs of an edge with mean FD; near 0 means that denoising removed the trace of motion."
+    lead = (
+        "QC-FC is the correlation over runs of an edge with mean FD. A median size near the one expected by chance, for so many "
+        "independent runs, means that denoising removed the trace of motion."
+    )
     return Section(title="Atlases", lead=lead, blocks=tuple(blocks))
+
+
+def chance_motion(runs: int) -> float:
+    """Median size of the correlation of ``runs`` independent normal values with others; ``nan`` below ten runs."""
+    from scipy.stats import t
+
+    if runs < MIN_RUNS_FOR_MOTION:
+        return float("nan")
+    middle = float(t.ppf(0.75, runs - 2))
+    return middle / float(np.sqrt(runs - 2 + middle**2))
 
 
 def _atlas_section(quality: AtlasQuality) -> Section:
@@ -247,16 +264,13 @@ def _atlas_section(quality: AtlasQuality) -> Section:
 
 
 def _mean_matrix(quality: AtlasQuality) -> Markup:
-    from matplotlib.figure import Figure
-
     count = len(quality.regions.names)
     matrix = np.full((count, count), np.nan)
     matrix[np.triu_indices(count, 1)] = np.tanh(quality.mean_fisherz)
     matrix = np.where(np.isnan(matrix), matrix.T, matrix)
-    drawing = Figure(figsize=(5.4, 4.4), layout="constrained")
-    draw_matrix(drawing.subplots(), matrix, quality.regions, limit=scale_limit(np.tanh(quality.mean_fisherz)), label="mean correlation")
+    drawing = matrix_figure(matrix, quality.regions, limit=scale_limit(np.tanh(quality.mean_fisherz)), label="mean r")
     caption = f"Mean correlation of {count} regions (through Fisher z); grey: no run has the edge."
-    return figure(drawing, caption=caption, alt=f"Group mean matrix of {quality.atlas}", dpi=_DPI, colours=_COLOURS)
+    return figure(drawing, caption=caption, alt=f"Group mean matrix of {quality.atlas}", dpi=_DPI, colours=_COLOURS, trim=False)
 
 
 def _motion_pictures(quality: AtlasQuality) -> Markup:
@@ -314,7 +328,7 @@ def _union(cells: pd.Series) -> str:
 
 
 def _boxes(groups: Mapping[str, NDArray[np.float64]], *, label: str, caption: str, alt: str) -> Markup:
-    """One row per group: box and dots."""
+    """One row per group: dots, and a box where there are enough of them."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(8, 1.0 + 0.3 * len(groups)), layout="constrained")
@@ -323,9 +337,13 @@ def _boxes(groups: Mapping[str, NDArray[np.float64]], *, label: str, caption: st
     heights = np.arange(len(groups))[::-1]
     spread = np.random.default_rng(0)  # fixed: the same table gives the same picture
     for height, values in zip(heights, groups.values(), strict=True):
-        axis.plot(values, height + spread.uniform(-0.25, 0.25, len(values)), ".", color=BLUE, markersize=4, alpha=0.6, markeredgewidth=0)
+        size, alpha = (6, 0.9) if len(values) < 100 else (4, 0.5)
+        axis.plot(
+            values, height + spread.uniform(-0.25, 0.25, len(values)), ".", color=BLUE, markersize=size, alpha=alpha, markeredgewidth=0
+        )
+    many = {height: values for height, values in zip(heights, groups.values(), strict=True) if len(values) >= _FEWEST_FOR_BOX}
     axis.boxplot(
-        list(groups.values()), positions=heights, orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False,
+        list(many.values()), positions=list(many), orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False,
         medianprops={"color": ORANGE},
     )  # fmt: skip
     names = [f"{shortened(name, 32)} ({len(values)})" for name, values in groups.items()]

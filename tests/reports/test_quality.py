@@ -9,7 +9,7 @@ from scipy import stats
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter
 from brainfm_cli.records import RegionTable
-from brainfm_cli.reports.quality import OUTLIER_SIDES, QC_COLUMNS, assess, quality_page
+from brainfm_cli.reports.quality import OUTLIER_SIDES, QC_COLUMNS, assess, chance_motion, quality_page
 from tests.reports.pages import parse
 
 REGIONS = 12
@@ -143,3 +143,11 @@ def test_the_table_of_flagged_runs_is_cut_where_a_thousand_are_flagged(packed):
     page = parse(quality_page(type(assessment)(table=many, atlases=assessment.atlases), title="QC", notes=[], methods="").render())
     assert page.rows < 220
     assert "808 more are in group_qc.tsv" in page.text
+
+
+def test_chance_is_what_unrelated_numbers_give(generator):
+    for runs in (10, 40):
+        left, right = generator.normal(size=(2, 20_000, runs))
+        sizes = np.abs([np.corrcoef(a, b)[0, 1] for a, b in zip(left[:4000], right[:4000], strict=True)])
+        assert chance_motion(runs) == pytest.approx(np.median(sizes), rel=0.05)
+    assert np.isnan(chance_motion(9))

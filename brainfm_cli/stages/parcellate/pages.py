@@ -46,7 +46,7 @@ def write_participant_page(root: Path, label: str, settings: ParcellateSettings)
     labels = sorted({one.files.atlas for one in ready})
     page = participant_page(
         label,
-        _summaries(root, ready),
+        _summaries(root, ready, settings),
         methods=methods(settings, labels, ready[0].metadata),
         citations=citations(labels),
         notes=tuple(notes),
@@ -109,7 +109,7 @@ def citations(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*_CITATIONS, *(text for text in found if text)]))
 
 
-def _summaries(root: Path, ready: Sequence[ReadySeries]) -> tuple[RunSummary, ...]:
+def _summaries(root: Path, ready: Sequence[ReadySeries], settings: ParcellateSettings) -> tuple[RunSummary, ...]:
     from brainfm_cli.reports.parcellation import RunSummary
 
     by_run: dict[str, list[ReadySeries]] = {}
@@ -123,6 +123,7 @@ def _summaries(root: Path, ready: Sequence[ReadySeries]) -> tuple[RunSummary, ..
             fd=_fd(group[0].metadata),
             kept=kept_frames(group[0].metadata, len(group[0].values)),
             atlases=tuple(_atlas_summary(root, one) for one in group),
+            fd_threshold_mm=settings.denoise.fd_threshold,
         )
         for group in by_run.values()
     )
