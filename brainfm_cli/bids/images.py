@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Space = Literal["scanner", "template"]
 _FORM_CODES: dict[Space, int] = {"scanner": 1, "template": 4}
-_VECTORS = "vector"
 
 
 def write_image(
@@ -47,9 +46,8 @@ def write_series(
     dtype: np.dtype | type = np.int16,
 ) -> Path:
     """Write a 4-D series from its volumes, of which one at a time is held; gives back the path."""
-    return _write(
-        path, volumes, (*shape, num_frames), affine, space=space, dtype=np.dtype(dtype), repetition_time_s=repetition_time_s
-    )  # fmt: skip
+    size = (*shape, num_frames)
+    return _write(path, volumes, size, affine, space=space, dtype=np.dtype(dtype), repetition_time_s=repetition_time_s)
 
 
 def write_displacements(path: Path, field: NDArray[np.floating], affine: NDArray[np.float64]) -> Path:
@@ -59,7 +57,7 @@ def write_displacements(path: Path, field: NDArray[np.floating], affine: NDArray
     """
     vectors = (field * np.array([-1.0, -1.0, 1.0])).astype(np.float32)
     volumes = [vectors[..., axis] for axis in range(3)]
-    return _write(path, volumes, (*field.shape[:3], 1, 3), affine, space="scanner", dtype=np.dtype(np.float32), intent=_VECTORS)
+    return _write(path, volumes, (*field.shape[:3], 1, 3), affine, space="scanner", dtype=np.dtype(np.float32), intent="vector")
 
 
 def sidecar(path: Path) -> Path:
@@ -121,4 +119,4 @@ def _compressed(path: Path, *, compress: bool) -> Iterator[IO[bytes]]:
             return
         # No name and no time in the gzip header, so that repeats are equal byte for byte.
         with igzip.IGzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:
-            yield stream
+            yield cast("IO[bytes]", stream)

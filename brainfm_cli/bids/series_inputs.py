@@ -174,13 +174,13 @@ def read_series(files: SeriesFiles, *, repetition_time_s: float | None = None) -
 
 def as_run(ready: ReadySeries, *, min_coverage: float) -> tuple[ParcellatedRun, list[str]]:
     """The series as a run of ours, regions below the coverage rule or without variance set to NaN, and notes that name them."""
-    values = ready.values.copy()
+    values = ready.values.copy()  # noqa: PD011  (no pandas object)
     with np.errstate(invalid="ignore"):
         thin = ready.coverage < min_coverage
         flat = ~np.isnan(values).any(0) & (np.ptp(values, axis=0) == 0)
     values[:, thin | flat] = np.nan
     notes = []
-    lost = [name for name, gone in zip(ready.names, np.isnan(values).all(0), strict=True) if gone]
+    lost = [name for name, gone in zip(ready.names, np.asarray(np.isnan(values).all(axis=0)).tolist(), strict=True) if gone]
     if lost:
         shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         notes.append(

@@ -235,7 +235,7 @@ def _held_out_tables(
                 if step and not set(mix) & set(tuned):
                     continue  # does not depend on tuning: computed at the first step
                 pairs = [(kernels | tuned)[name] for name in mix]
-                inside, outside = (sum(pair[side] for pair in pairs) / len(mix) for side in (0, 1))
+                inside, outside = (np.mean([pair[side] for pair in pairs], axis=0) for side in (0, 1))
                 tables.setdefault((step, mix), np.full(shape, np.nan))[:, validation] = _ridge_path(inside, outside, part)
     return tables
 

@@ -83,7 +83,7 @@ class BatchSource(Protocol):
         """Batches per epoch, the same in every epoch."""
 
     def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[Any]:
-        """This rank's batches of one epoch, in order."""
+        """One epoch of this rank's batches, in order."""
 
     def validation(self, *, rank: int, world_size: int) -> Dataset[Any] | None:
         """The validation batches, the same in every epoch; none where nobody is held out."""
@@ -340,7 +340,7 @@ class _Run(lightning.LightningModule):
                         [size * terms[name].double(), torch.tensor(float(size), device=self.device, dtype=torch.float64)]
                     )
         if self.trainer.world_size > 1:
-            sums = self.all_gather(sums).sum(dim=0)
+            sums = torch.as_tensor(self.all_gather(sums)).sum(dim=0)
         return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True)}
 
     def _save(self) -> None:

@@ -61,7 +61,7 @@ class Tunable(Protocol):
     def new_prompt(self, atlas: str) -> nn.Module:
         """A prompt at its pretrained state."""
 
-    def read(self, graphs: Any, prompt: nn.Module) -> Tensor:  # noqa: ANN401
+    def read(self, graphs: Any, prompt: Any) -> Tensor:  # noqa: ANN401  (each system has its own records and prompts)
         """(rows, width) embedding; gradients reach the prompt."""
 
     def connectivity_blocks(self, windows: Windows) -> dict[str, Tensor]:

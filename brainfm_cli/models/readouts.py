@@ -37,8 +37,9 @@ def connectivity_blocks(correlation: Tensor, present: Tensor, groups: Tensor | N
     regions stand as uncorrelated with everything.
     """
     wide = correlation.double()
-    rows, columns = torch.triu_indices(*wide.shape[1:], offset=1, device=wide.device)
-    identity = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    regions = wide.shape[-1]
+    rows, columns = torch.triu_indices(regions, regions, offset=1, device=wide.device)
+    identity = torch.eye(regions, dtype=wide.dtype, device=wide.device)
     blocks = {
         "edges": torch.atanh(wide[:, rows, columns].clamp(-_LARGEST_R, _LARGEST_R)),
         "edges_log": _logarithm((1 - SHRINKAGE) * wide + identity),

@@ -7,7 +7,7 @@ import gzip
 import io
 import zlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def _readable(path: Path) -> Iterator[IO[bytes]]:
             yield stream
     except EOFError as error:
         raise InputDatasetError("the compressed image is truncated", where=path, fix=_REMEDY) from error
-    except (gzip.BadGzipFile, isal_zlib.error, zlib.error) as error:
+    except (gzip.BadGzipFile, cast("type[Exception]", isal_zlib.error), zlib.error) as error:
         raise InputDatasetError(f"the image is no intact gzip file: {error}", where=path, fix=_REMEDY) from error
 
 

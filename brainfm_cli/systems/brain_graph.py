@@ -165,6 +165,15 @@ class BrainGraph:
         system.model.eval()
         return system
 
+    def randomised(self, seed: int) -> BrainGraph:
+        """The same model with random weights, the statistics of edges kept; the floor of a frozen encoder."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            fresh = self.settings.build(self.atlases)
+        fresh.model.standardiser.load_state_dict(self.model.standardiser.state_dict())
+        fresh.model.eval()
+        return fresh
+
     @property
     def module(self) -> GraphModel:
         """The module that is trained."""

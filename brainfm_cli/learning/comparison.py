@@ -1,0 +1,180 @@
+"""A tuned model beside its floors: applied once, refitted in every fold, or pretrained anew inside every fold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from brainfm_cli.bids.cohort import Cohort
+from brainfm_cli.config import Execution
+from brainfm_cli.learning.checkpoints import load_weights, read_model_config
+from brainfm_cli.learning.device import choose_device
+from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
+from brainfm_cli.learning.floors import FloorSettings, make_floors
+from brainfm_cli.learning.forecasts import Predictor, TrainingFold
+from brainfm_cli.learning.pretraining import PretrainingSettings, is_finished, prepare, pretrain_model
+from brainfm_cli.learning.results import EvaluationResult, Truth
+from brainfm_cli.learning.samples import select_participants
+from brainfm_cli.learning.splits import DesignSettings, Fold, Split, fixed_split, make_split, people_groups, write_split
+from brainfm_cli.learning.targets import Target, participant_table
+from brainfm_cli.learning.tuned import AppliedPredictor, TargetRecord, TunedPredictor, load_tuned, prepare_inputs, read_held_out, read_seen
+from brainfm_cli.learning.tuning import AtlasInputs, TuningSettings
+
+log = logging.getLogger(__name__)
+Mode = Literal["apply", "refit"]
+RANDOM_ENCODER = "Random frozen encoder, same head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One evaluation of one tuned model."""
+
+    model: Path
+    """Model folder."""
+    system: Any
+    """The system of that folder, on its device."""
+    cohort: Cohort
+    """Everybody."""
+    record: TargetRecord
+    """What the model predicts and how it was tuned."""
+    target: Target
+    """Labels of everybody who takes part, also of the people tuned on where the model is applied once."""
+    people: Sequence[str]
+    """The people asked for: those tested where the model is applied once."""
+    mode: Mode
+    """apply or refit."""
+    inside: bool
+    """Pretrain anew in every outer fold."""
+    design: DesignSettings
+    """Folds of a refit."""
+    floors: FloorSettings
+    """Which floors."""
+    random_encoder: bool
+    """Whether a random frozen encoder is one of them."""
+    evaluation: EvaluationSettings
+    """Scores and intervals."""
+    seed: int
+    """Of the random encoder."""
+    truth: Callable[[Split], Truth] | None
+    """Best possible scores on a split, for simulated data."""
+    root: Path
+    """Where split and fold models are written."""
+
+
+def evaluate_model(request: Request, execution: Execution) -> EvaluationResult:
+    """Write the split, then fit and score the model and every floor on it.
+
+    Raises
+    ------
+    InputDatasetError
+        Test people were in the pretraining (and the design is not transductive), or the split leaks.
+    """
+    table = participant_table(request.cohort)
+    split = _split(request, table)
+    write_split(request.root / "split.tsv", split)
+    backbones = _Backbones(request, execution, split, table)
+    name = f"{read_model_config(request.model).system['kind']}, {'pretrained in each fold' if request.inside else 'prompt-tuned'}"
+    predictors: dict[str, Predictor] = {name: backbones.model()}
+    if request.random_encoder:
+        predictors[RANDOM_ENCODER] = TunedPredictor(prepared=backbones.random, settings=backbones.tuning)
+    floors = make_floors(request.cohort, request.target, table, request.floors)
+    context = Context(
+        table=table,
+        models=(name,),
+        pools=floors.pools,
+        kernels=floors.kernels,
+        pretrained=frozenset() if request.inside else read_seen(request.model)["pretrained_on"],
+        transductive=request.design.transductive,
+        truth=None if request.truth is None else request.truth(split),
+        notes=(*floors.notes, *backbones.notes()),
+    )
+    return evaluate(
+        request.target, split, predictors | floors.predictors, context, request.evaluation,
+        progress=lambda what, fold: log.info("repeat %d, fold %d: %s", fold.repeat, fold.fold, what),
+    )  # fmt: skip
+
+
+class _Backbones:
+    """The system and the inputs of a fold; those of one fold are kept, so that model and floor share them."""
+
+    def __init__(self, request: Request, execution: Execution, split: Split, table: pd.DataFrame) -> None:
+        self.request, self.execution, self.table = request, execution, table
+        self.tuning = TuningSettings.from_values(dict(request.record.settings), where=request.model / "config.yaml")
+        self._folds = {(fold.repeat, fold.fold): fold for fold in split.folds()}
+        self._device = choose_device(execution.device)
+        self._config = read_model_config(request.model)
+        self._given = request.system
+        self._kept: tuple[tuple[int, int], Any, dict[str, AtlasInputs]] | None = None
+
+    def model(self) -> Predictor:
+        """The model as a predictor."""
+        if self.request.mode == "refit":
+            return TunedPredictor(prepared=self.prepared, settings=self.tuning)
+        datasets = {str(name): str(value) for name, value in self.table["dataset"].items()}
+        return AppliedPredictor(
+            system=self._given,
+            inputs=self._inputs(self._given),
+            atlases=load_tuned(self.request.model, self.request.record),
+            held_out=read_held_out(self.request.model / "held_out.tsv", self.request.target.participants, datasets),
+        )
+
+    def prepared(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
+        """The backbone of a fold and everybody's inputs."""
+        key = (fold.repeat, fold.fold) if self.request.inside else (0, 0)
+        if self._kept is None or self._kept[0] != key:
+            system = self._pretrained(self._folds[key]) if self.request.inside else self._given
+            self._kept = (key, system, self._inputs(system))
+        return self._kept[1], self._kept[2]
+
+    def random(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
+        """A backbone with random weights and the statistics of the pretrained one."""
+        system, inputs = self.prepared(fold)
+        random = system.randomised(self.request.seed)
+        random.module.to(self._device)
+        return random, inputs
+
+    def notes(self) -> tuple[str, ...]:
+        """What the reader should know of the backbone."""
+        if not self.request.inside:
+            return ()
+        return (
+            "The backbone was pretrained anew in every outer fold, on people outside its test set; nothing of the given model's weights is used.",
+        )
+
+    def _inputs(self, system: Any) -> dict[str, AtlasInputs]:  # noqa: ANN401
+        return prepare_inputs(system, self.request.cohort, self.request.target.participants, self.request.record.atlases)
+
+    def _pretrained(self, fold: Fold) -> Any:  # noqa: ANN401
+        settings = PretrainingSettings.from_values(dict(self._config.pretraining), where=self.request.model / "config.yaml")
+        people = self._outside(fold, settings)
+        folder = self.request.root / "models" / f"{self.request.model.name}-repeat{fold.repeat}-fold{fold.fold}"
+        prepared = prepare(self._given.settings, settings, self.request.cohort, people)
+        if is_finished(folder):
+            load_weights(prepared.system.module, folder / "model.safetensors")
+            prepared.system.module.eval()
+        else:
+            log.info("repeat %d, fold %d: pretraining on %d people", fold.repeat, fold.fold, len(people))
+            pretrain_model(prepared, settings, self.execution, folder)
+        prepared.system.module.to(self._device)
+        return prepared.system
+
+    def _outside(self, fold: Fold, settings: PretrainingSettings) -> list[str]:
+        """Everybody the pretraining may see, labelled or not: not the fold's test people, nor their families."""
+        groups = people_groups(self.table, self.request.design.group)
+        away = {groups[name] for name in fold.test}
+        return [name for name in select_participants(self.request.cohort, settings.where) if groups[name] not in away]
+
+
+def _split(request: Request, table: pd.DataFrame) -> Split:
+    if request.mode == "refit":
+        return make_split(request.target, table, request.design)
+    tested = set(request.people)
+    test = [name for name in request.target.participants if name in tested]
+    train = [name for name in request.target.participants if name not in tested]
+    groups = people_groups(table.loc[list(request.target.participants)], request.design.group)
+    return fixed_split(request.target, train=train, test=test, groups=groups, why="the model was not tuned on this person")
