@@ -295,7 +295,7 @@ def _weighted_continuous(name: str, y: NDArray[np.float64], p: NDArray[np.float6
     y0, p0 = y - y.mean(), p - p.mean()
 
     def moments(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        total = weights.sum(1)
+        total = np.where(weights.sum(1) > 0, weights.sum(1), np.nan)
         my, mp = weights @ y0 / total, weights @ p0 / total
         vy = weights @ y0**2 / total - my**2
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -308,7 +308,12 @@ def _weighted_continuous(name: str, y: NDArray[np.float64], p: NDArray[np.float6
 
 
 def _mean(values: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    return lambda weights: weights @ values / weights.sum(1)
+    return lambda weights: _divided(weights @ values, weights.sum(1))
+
+
+def _divided(sums: NDArray[np.float64], totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN where a resample drew nobody of a group."""
+    return np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
 
 
 def weighted_auroc(y: NDArray[np.int64], p: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
@@ -349,4 +354,4 @@ def weighted_ece(y: NDArray[np.int64], p: NDArray[np.float64]) -> Callable[[NDAr
     """Expected calibration error over ten equal bins of probability, as a function of weights."""
     place = np.clip((p * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     gaps = np.eye(CALIBRATION_BINS)[place] * (y - p)[:, None]
-    return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)
+    return lambda weights: _divided(np.abs(weights @ gaps).sum(1), weights.sum(1))

@@ -297,8 +297,8 @@ def _assign(labels: NDArray[np.int64], groups: Sequence[str], folds: int, seed: 
     """Test fold of every row."""
     single = len(set(groups)) == len(groups)
     splitter = StratifiedKFold if single else StratifiedGroupKFold
+    codes = None if single else pd.factorize(np.asarray(groups))[0]
     assigned = np.full(len(labels), -1, dtype=np.int64)
-    codes = pd.factorize(np.asarray(groups))[0]
     for fold, (_, test) in enumerate(splitter(folds, shuffle=True, random_state=seed).split(labels[:, None], labels, codes)):
         assigned[test] = fold
     return assigned

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from brainfm_cli.learning.splits import Split
     from brainfm_cli.learning.targets import Target
 
+_ALPHA = 0.05
+
 
 def describe_design(split: Split) -> str:
     """How people were divided, in words."""
@@ -52,9 +54,11 @@ def state(target: Target, split: Split, results: Sequence[PredictorResult], diff
 def _against_chance(target: Target, subject: PredictorResult, score: Score) -> str:
     chance = 0.0 if target.kind == "continuous" else 0.5
     p = subject.permutation_p
-    told = f" (permutation p = {p:.3g})" if p is not None else ""
-    if score.low is not None and score.low > chance and (p is None or p < 0.05):
+    told = f" (permutation p = {p:.2g})" if p is not None else ""
+    if score.low is not None and score.low > chance and (p is None or p < _ALPHA):
         return f"That is better than chance{told}."
+    if target.kind == "continuous" and p is not None and p < _ALPHA:
+        return f"Predictions go along with '{target.name}'{told}, but are not shown to be closer to it than its mean is."
     return f"That is not distinguishable from chance{told}: it does not show that '{target.name}' can be predicted."
 
 

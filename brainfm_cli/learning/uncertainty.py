@@ -56,10 +56,10 @@ class DeLong:
         gap = float(self.areas[first] - self.areas[second])
         contrast = np.zeros(len(self.areas))
         contrast[first], contrast[second] = 1.0, -1.0
-        error = float(np.sqrt(max(contrast @ self.covariance @ contrast, 0.0)))
+        error = float(np.sqrt(max(float(contrast @ self.covariance @ contrast), 0.0)))
         if error < 1e-12:
             return gap, 0.0, 1.0 if abs(gap) < 1e-12 else 0.0
-        return gap, error, 2 * float(ndtr(np.array(-abs(gap) / error)))
+        return gap, error, float(2 * ndtr(-abs(gap) / error))
 
 
 def resample_weights(units: Sequence[str] | NDArray, resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -107,15 +107,16 @@ def _scores(metrics: Metrics) -> Section:
     ]
     frame = pd.DataFrame(rows, columns=["predictor", *(_column(name) for name in names), "permutation p"])
     models = [place for place, result in enumerate(metrics.predictors) if result.role == "model"]
-    reasons = _reasons(metrics)
-    rule = sorted({result.threshold_rule for result in metrics.predictors if result.threshold_rule})
+    rules: dict[str, list[str]] = {}
+    for result in metrics.predictors:
+        rules.setdefault(result.threshold_rule, []).append(result.name)
     return Section(
         title="All scores",
         lead=f"Mean over {metrics.repeats} repetition(s); intervals: {metrics.interval}. Arrows say which way is better; models are marked.",
         blocks=(
             table(frame, highlight=models),
-            *(paragraph(f"Classes are decided by: {text}.") for text in rule),
-            *(paragraph(text) for text in reasons),
+            *(paragraph(f"Class decided: {rule} ({_whose(metrics, names)}).") for rule, names in rules.items() if rule),
+            *(paragraph(text) for text in _reasons(metrics)),
         ),
     )
 
@@ -132,11 +133,16 @@ def _column(name: str) -> str:
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    return "not computed" if score.value is None else str(score)
+    return "not computed" if score.value is None else _unbroken(score)
+
+
+def _unbroken(score: Score) -> str:
+    """A score whose interval stays on one line."""
+    return str(score).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def _p(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3g}"
+    return "n/a" if value is None else f"{value:.2g}"
 
 
 def _reasons(metrics: Metrics) -> list[str]:
@@ -149,7 +155,11 @@ def _reasons(metrics: Metrics) -> list[str]:
                 found.setdefault(f"{METRICS[name].label} {what}: {score.reason}", []).append(result.name)
         if result.permutation_reason:
             found.setdefault(f"Permutation p not computed: {result.permutation_reason}", []).append(result.name)
-    return [f"{text} ({'all' if len(names) == len(metrics.predictors) else listed(names)})." for text, names in found.items()]
+    return [f"{text} ({_whose(metrics, names)})." for text, names in found.items()]
+
+
+def _whose(metrics: Metrics, names: Sequence[str]) -> str:
+    return "all" if len(names) == len(metrics.predictors) else "; ".join(names)
 
 
 def _differences(metrics: Metrics) -> list[Section]:
@@ -161,7 +171,7 @@ def _differences(metrics: Metrics) -> list[Section]:
             item.first,
             item.second,
             "not computed" if item.value is None else f"{item.value:+.3f}",
-            "" if item.low is None or item.high is None else f"[{item.low:+.3f}, {item.high:+.3f}]",
+            "" if item.low is None or item.high is None else f"[{item.low:+.3f},\N{NO-BREAK SPACE}{item.high:+.3f}]",
             _p(item.bootstrap_p),
             _p(item.delong_p),
             "" if item.detectable is None else f"{item.detectable:.3f}",
@@ -266,7 +276,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _with_reason(score: Score) -> str:
     if score.value is None:
         return f"not computed: {score.reason}"
-    return f"{score} ({score.reason})" if score.reason else str(score)
+    return f"{_unbroken(score)} ({score.reason})" if score.reason else _unbroken(score)
 
 
 def _split(result: EvaluationResult) -> Section:
