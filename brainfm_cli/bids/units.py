@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import resource
+import signal
+import sys
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,12 @@ def do_unit(dataset: OutputDataset, unit: Unit) -> int:
     return EXIT_OK
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to terminate this process when its parent is gone, also when that was killed; on Linux."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def peak_memory_mb() -> float:
     """Largest resident size of this process so far, megabytes."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
@@ -140,7 +151,8 @@ def _execute(dataset: OutputDataset, todo: Sequence[Unit], execution: Execution)
             yield do_unit(dataset, unit)
         return
     # spawn: forked children inherit locks of BLAS and torch threads and may hang
-    with ProcessPoolExecutor(min(execution.nprocs, len(todo)), mp_context=get_context("spawn")) as pool:
+    workers = min(execution.nprocs, len(todo))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
         running: dict[Future[int], Unit] = {pool.submit(do_unit, dataset, unit): unit for unit in todo}
         try:
             while running:
@@ -148,6 +160,11 @@ def _execute(dataset: OutputDataset, todo: Sequence[Unit], execution: Execution)
                 for future in finished:
                     unit = running.pop(future)
                     yield _outcome(dataset, unit, future)
+        except BaseException:
+            # Interrupted, terminated, or stopped at a failure: Python would wait for what runs to end, which may take hours.
+            for worker in active_children():
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

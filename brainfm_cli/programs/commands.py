@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from brainfm_cli.bids.units import die_with_parent
 from brainfm_cli.errors import EXIT_SIGTERM, EngineUnavailableError, MissingProgramError
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ _TAIL_LINES = 400
 _SIGN_OF_LIFE_S = 60.0
 _GRACE_S = 20.0
 _FINISHED = re.compile(r'\[Node\] Finished "(?P<node>[^"]+)"')
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,18 +157,13 @@ def _start(command: Command) -> subprocess.Popen[str]:
             text=True,
             errors="replace",
             start_new_session=True,  # so that the whole group can be stopped
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  (one system call, no Python lock is taken)
+            # A killed brainfm must not leave a program behind that writes where the next attempt works.
+            preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call, no Python lock is taken)
         )
     except FileNotFoundError as error:
         raise MissingProgramError(f"'{command.argv[0]}' is not on PATH", fix="install it, or load its module") from error
     except OSError as error:
         raise EngineUnavailableError(f"'{command.argv[0]}' cannot be run: {error.strerror}", fix="check its permissions") from error
-
-
-def _die_with_parent() -> None:
-    # A killed brainfm must not leave a program behind that writes where the next attempt works.
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop_late(process: subprocess.Popen[str], over: threading.Event) -> None:
@@ -191,18 +183,26 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+class _TerminatedError(SystemExit):
+    """SIGTERM, in a process that has no handler of its own."""
+
+
 @contextlib.contextmanager
 def _terminated_as_exception() -> Iterator[None]:
-    # SIGTERM's default ends a worker process at once, and the program would be left to its own devices.
+    # SIGTERM's default ends a worker process at once, before it can stop the program.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, _leave)
     try:
         yield
+    except _TerminatedError:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)  # a pool's worker would take the exception for a result, and wait for more
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_SIGTERM)
+    raise _TerminatedError(EXIT_SIGTERM)

@@ -27,6 +27,7 @@ echo '251125-07:00:00,000 nipype.workflow INFO: [Node] Finished "fmriprep_25_2_w
 if [ -n "$FAKE_HANG" ]; then
   trap 'echo terminated > "$FAKE_HANG.ended"; exit 143' TERM
   echo $$ > "$FAKE_HANG"
+  case "$*" in *"--participant-label 01"*) echo $$ > "$FAKE_HANG.sub-01" ;; *) echo $$ > "$FAKE_HANG.sub-02" ;; esac
   while true; do sleep 0.05; done
 fi
 cp -r "$FAKE_TREE/." "$out/"

@@ -365,6 +365,21 @@ def test_kill_and_resume(number: signal.Signals, raw: Path, tmp_path: Path, engi
     assert [path for call in engines.runs for path in call if path.endswith(":/scratch")] == scratch * 2, "the work folder is the same"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_engine_outlives_parallel_participants(number: signal.Signals, tmp_path: Path, engines: fakes.Fakes, monkeypatch) -> None:
+    raw = fakes.write_raw(tmp_path / "two", labels=("01", "02"))
+    process = start(
+        raw, tmp_path / "out", "participant", "--engine", "docker", "--nprocs", "2", "--mem-mb", "20000", hang=tmp_path / "hanging"
+    )
+    pids = [int(wait_for(tmp_path / f"hanging.sub-{label}")) for label in ("01", "02")]
+    process.send_signal(number)
+    assert process.wait(15) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    limit = time.monotonic() + 5
+    while any(map(fakes.is_alive, pids)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(map(fakes.is_alive, pids))
+
+
 def test_a_time_limit_ends_a_run_that_hangs(raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch) -> None:
     monkeypatch.setenv("FAKE_HANG", str(tmp_path / "hanging"))
     code, said = run(*preprocess(raw, tmp_path / "out", "--engine", "fmriprep", "--set", f"execution.max_hours={1 / 3600}"))
