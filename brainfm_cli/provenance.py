@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -144,13 +145,12 @@ def unit_state(
 def outputs_hold(record: UnitRecord, output_dir: Path, *, verify: bool = False) -> bool:
     """Whether every recorded output exists with its size (and, with ``verify``, its contents)."""
     for stamp in record.outputs:
-        path = output_dir / stamp.path
         try:
-            if path.stat().st_size != stamp.size:
+            if os.stat(f"{output_dir}/{stamp.path}").st_size != stamp.size:  # noqa: PTH116  (Path takes as long as the disk, for 80 files a person)
                 return False
         except OSError:
             return False
-        if verify and file_sha256(path) != stamp.sha256:
+        if verify and file_sha256(output_dir / stamp.path) != stamp.sha256:
             return False
     return True
 

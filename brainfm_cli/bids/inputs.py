@@ -105,16 +105,16 @@ def root_sidecars(root: Path) -> tuple[Path, ...]:
 
 def participant_files(root: Path, label: str, selection: Selection) -> tuple[Path, ...]:
     """A participant's files that decide the results under this selection, sorted: images, tables and their JSONs."""
-    wanted = [path for path in walk_files(root / f"sub-{label}") if _READ.search(path.name) and in_selection(parse_name(path.name)[0], selection)]  # fmt: skip
+    wanted = [path for path in walk_files(root / f"sub-{label}", _READ) if in_selection(parse_name(path.name)[0], selection)]
     return tuple(sorted(wanted))
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
-    """Files below ``folder`` except figures and hidden ones, in a stable order."""
+def walk_files(folder: Path, matching: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """Files below ``folder`` whose names hold ``matching``, except figures and hidden ones, in a stable order."""
     for directory, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in {"figures", "log", "logs"} and not name.startswith("."))
         here = Path(directory)
-        yield from (here / name for name in sorted(files) if not name.startswith("."))
+        yield from (here / name for name in sorted(files) if not name.startswith(".") and (matching is None or matching.search(name)))
 
 
 def in_selection(entities: Mapping[str, str], selection: Selection) -> bool:

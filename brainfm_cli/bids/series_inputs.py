@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from brainfm_cli.config import Selection
     from brainfm_cli.records import RunKey
 
+_USED = re.compile(r"_(timeseries|bold|coverage|motion|outliers)\.")
 _SCHAEFER = re.compile(r"Schaefer2018(\d+)Parcels(7|17)Networks")
 _MEAN_FD = ("MeanFramewiseDisplacement", "FDMean", "MeanFD")
 _COVERAGE = ("RegionCoverage", "Coverage")
@@ -116,7 +117,8 @@ def find_series(root: Path, label: str, selection: Selection, *, sidecars: Seque
         A run has two series in one atlas.
     """
     folder = root / f"sub-{label}"
-    parsed = [(path, *parse_name(path.name)) for path in walk_files(folder)]
+    # Matrices are most of the files, and none of what is looked for.
+    parsed = [(path, *parse_name(path.name)) for path in walk_files(folder, _USED)]
     jsons = [(path, *parse_name(path.name)[:2]) for path in (*sidecars, *(path for path, *_ in parsed if path.suffix == ".json"))]
     tables: dict[RunKey, list[tuple[Path, dict[str, str], str]]] = {}
     for path, entities, suffix, extension in parsed:
