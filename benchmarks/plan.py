@@ -49,6 +49,36 @@ def write_tree(root: Path, participants: int) -> int:
     return written
 
 
+def write_finished(root: Path, participants: int) -> int:
+    """The output of the participant level for the same people in two atlases, with its records; contents are a few bytes."""
+    from brainfm_cli.provenance import UnitRecord, record_path, stamp_output
+
+    description = {"Name": "plan", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": [{"Name": "brainfm"}]}
+    kinds = ["mean_timeseries", "coverage_bold", *(f"{kind}_relmat" for kind in ("pearsoncorrelation", "fisherz", "partialcorrelation"))]
+    root.mkdir(parents=True)
+    (root / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
+    written = 1
+    for number in range(participants):
+        label = f"sub-{number:04}"
+        outputs = [root / f"{label}.html"]
+        for session in ("1", "2"):
+            folder = root / label / f"ses-{session}" / "func"
+            folder.mkdir(parents=True)
+            for run in ("1", "2"):
+                for atlas in ("Schaefer2018_seg-7n_scale-100", "AAL116"):
+                    stem = f"{label}_ses-{session}_task-rest_run-{run}_space-{SPACE}_atlas-{atlas}"
+                    outputs += [folder / f"{stem}_stat-{kind}.{ending}" for kind in kinds for ending in ("tsv", "json")]
+        for path in outputs:
+            path.write_text("{}", encoding="utf-8")
+        stamps = tuple(stamp_output(path, root=root) for path in outputs)
+        record = UnitRecord(unit=label, command="parcellate", status="done", configuration_hash="0", outputs=stamps)
+        path = record_path(root, label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        written += len(outputs) + 1
+    return written
+
+
 def time_plan(arguments: list[str], repeats: int) -> tuple[list[float], str]:
     """Seconds of a whole process, and what it printed."""
     seconds, shown = [], ""
@@ -77,10 +107,10 @@ def main() -> None:
             "participant, one of them": [*common, "participant", "--participant-label", one, "--dry-run"],
             "participant, all": [*common, "participant", "--dry-run"],
         }
-        ready = Path(place) / "series"
-        series = write_series(ready, arguments.participants)
-        plans["group"] = ["parcellate", str(ready), str(output), "group", "--dry-run"]
-        result = {"files": files, "files of ready-made series": series, "seconds": {}}
+        finished = Path(place) / "finished"
+        made = write_finished(finished, arguments.participants)
+        plans["group"] = ["parcellate", str(tree), str(finished), "group", "--dry-run"]
+        result = {"files": files, "files of the finished output": made, "seconds": {}}
         for name, command in plans.items():
             seconds, shown = time_plan(command, arguments.repeats)
             result["seconds"][name] = seconds
@@ -89,25 +119,6 @@ def main() -> None:
             )
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def write_series(root: Path, participants: int) -> int:
-    """The same people and runs as parcellate leaves them, for the group level."""
-    written = 1
-    root.mkdir(parents=True)
-    description = {"Name": "plan", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": [{"Name": "brainfm"}]}
-    (root / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
-    for number in range(participants):
-        for session in ("1", "2"):
-            folder = root / f"sub-{number:04}" / f"ses-{session}" / "func"
-            folder.mkdir(parents=True)
-            for run in ("1", "2"):
-                for atlas in ("Schaefer2018_seg-7n_scale-100", "AAL116"):
-                    stem = f"sub-{number:04}_ses-{session}_task-rest_run-{run}_space-{SPACE}_atlas-{atlas}"
-                    for suffix in ("timeseries.tsv", "timeseries.json", "coverage.tsv"):
-                        (folder / f"{stem}_{suffix}").write_text("{}", encoding="utf-8")
-                        written += 1
-    return written
 
 
 if __name__ == "__main__":
