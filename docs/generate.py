@@ -52,7 +52,7 @@ def settings_page() -> str:
     for module_info in sorted(pkgutil.iter_modules(brainfm_cli.stages.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"brainfm_cli.stages.{module_info.name}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
-            if issubclass(cls, Settings) and cls is not Settings and cls.__module__ == module.__name__:
+            if issubclass(cls, Settings) and cls is not Settings and f"{cls.__module__}.".startswith(f"{module.__name__}."):
                 parts.append(f"\n## {module_info.name.replace('_', '-')}\n\n")
                 parts.append(_fields(cls, "", seen))
     parts.append("\n## execution\n\nHow a run is carried out; never part of the configuration hash.\n\n")

@@ -84,7 +84,8 @@ def quality_page(frame: pd.DataFrame, *, title: str, notes: Sequence[str], metho
     worst = frame.assign(_flags=flagged).sort_values(["_flags", "mean_fd"], ascending=False, kind="stable").drop(columns="_flags")
     shown = worst.head(_MOST_ROWS)
     rest = f"; the {len(worst) - len(shown)} others are in group_qc.tsv" if len(worst) > len(shown) else ""
-    full = frame[[name for name in frame.columns if frame[name].notna().any() or name == "flagged_for"]].columns
+    first = ["participant_id", "session", "run", "flagged_for"]  # what is wrong is seen without scrolling
+    full = [name for name in [*first, *frame.columns.drop(first)] if frame[name].notna().any() or name == "flagged_for"]
     return Page(
         title=title,
         subtitle="quality of preprocessing",

@@ -21,7 +21,7 @@ def parcellate(call: Invocation, settings: ParcellateSettings) -> int:
     source = open_source(call.input_dir)
     choose_atlases(settings, source, call.datasets)  # an atlas that does not exist ends the run before anything is written
     if call.validate_input:
-        from brainfm_cli.stages.parcellate.validation import validate
+        from brainfm_cli.programs.validator import validate
 
         validate(call.input_dir)
     dataset = _open(call, settings, source)
