@@ -13,6 +13,8 @@ from brainfm_cli.learning.log import TrainingLog
 from brainfm_cli.records import RegionTable, RunKey
 from brainfm_cli.reports.page import Page, Section, paragraph, table
 from brainfm_cli.reports.parcellation import AtlasSummary, RunSummary, participant_page
+from brainfm_cli.reports.preprocess_group import build_table
+from brainfm_cli.reports.preprocess_group import quality_page as preprocess_page
 from brainfm_cli.reports.quality import OUTLIER_SIDES, QC_COLUMNS, Assessment, AtlasQuality, quality_page
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
@@ -76,6 +78,21 @@ def quality(generator):
     return quality_page(Assessment(table=frame, atlases=(atlas,)), title=f"Quality of {LONG}", notes=[LONG], methods=LONG), 4
 
 
+def preprocessing(generator):
+    names = ("mean_fd", "moving_fraction", "still_minutes", "mean_std_dvars", "tsnr", "brain_ml", "template_correlation", "template_dice")
+    rows = [
+        {
+            "participant_id": f"{LONG}{i}",
+            "session": None,
+            "run": LONG,
+            "frames": 200,
+            **dict(zip(names, generator.uniform(size=8), strict=True)),
+        }
+        for i in range(400)
+    ]
+    return preprocess_page(build_table(rows), title=LONG, notes=[LONG], methods=LONG), None
+
+
 def training(generator):
     log = TrainingLog()
     for step in range(30):
@@ -95,25 +112,43 @@ def plain(generator):
     return Page(title=LONG, subtitle=LONG, sections=(Section(title=LONG, blocks=(paragraph(LONG), table(wide, caption=LONG))),)), 0
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("build", [parcellation, quality, training, tuning, plain], ids=lambda build: build.__name__)
-def test_report_opens_offline_and_fits_the_screen(tab, build, width, tmp_path, generator):
-    page, pictures = build(generator)
-    path = tmp_path / "report.html"
-    path.write_text(page.render(), encoding="utf-8")
+def check(tab, path, width, pictures=None, keep=""):
+    """Nothing fetched, nothing complained of, every picture drawn, nothing wider than the screen."""
     tab.open(path, width=width)
-    if keep := os.environ.get("BRAINFM_SCREENSHOTS"):
-        tab.screenshot(Path(keep) / f"{build.__name__}-{width}.png")
+    if folder := os.environ.get("BRAINFM_SCREENSHOTS"):
+        tab.screenshot(Path(folder) / f"{keep}-{width}.png")
     assert [url for url in tab.requested if not url.startswith(("data:", path.as_uri()))] == []
     assert tab.complaints == []
     drawn = tab.evaluate("Array.from(document.images, image => image.naturalWidth > 0 && image.clientWidth > 100)")
-    assert drawn == [True] * pictures
+    assert all(drawn)
+    assert pictures is None or len(drawn) == pictures
     assert tab.evaluate("window.innerWidth") == width
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     # a wide picture scrolls in its own box; every other one and every box is seen whole
     hidden = "Array.from(document.querySelectorAll('figure > div, figure > div:not(.wide) > img'))"
     hidden += ".filter(part => part.getBoundingClientRect().right > window.innerWidth).length"
     assert tab.evaluate(hidden) == 0
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("build", [parcellation, quality, preprocessing, training, tuning, plain], ids=lambda build: build.__name__)
+def test_report_opens_offline_and_fits_the_screen(tab, build, width, tmp_path, generator):
+    page, pictures = build(generator)
+    path = tmp_path / "report.html"
+    path.write_text(page.render(), encoding="utf-8")
+    check(tab, path, width, pictures, keep=build.__name__)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_reports_of_a_finished_run_open_too(tab, width):
+    """Every report below a folder, e.g. the one that 'brainfm demo' filled."""
+    folder = os.environ.get("BRAINFM_TEST_REPORTS")
+    if not folder:
+        pytest.skip("BRAINFM_TEST_REPORTS is not set to a folder with reports, e.g. the output of 'brainfm demo'")
+    pages = sorted(Path(folder).resolve().rglob("*.html"))
+    assert pages
+    for page in pages:
+        check(tab, page, width, keep=f"{page.parent.name}-{page.stem}")
 
 
 def test_the_browser_would_notice(tab, tmp_path):
