@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
