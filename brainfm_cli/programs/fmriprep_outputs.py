@@ -1,23 +1,22 @@
 """What fMRIPrep must have written for a participant, and its way into the dataset.
 
-fMRIPrep works in a folder of one participant's own. When everything is there, the files move into the dataset, so
+fMRIPrep works in a folder of one participant's own. When everything is there, the files appear in the dataset, so
 that jobs at the same time never write one file, and nothing half-done is ever seen.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brainfm_cli.bids.derivatives import atomic_path
+from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path
 from brainfm_cli.bids.inputs import run_key
 from brainfm_cli.bids.names import parse_name
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from brainfm_cli.bids.raw import RawParticipant
     from brainfm_cli.programs.fmriprep import Task
 
@@ -77,21 +76,25 @@ def _pattern(wanted: dict[str, str | None]) -> str:
 
 
 def publish(task: Task, root: Path) -> tuple[Path, ...]:
-    """Move a participant's results into the dataset; gives back the files, sorted, FreeSurfer's left out.
+    """Put a participant's results into the dataset; gives back the files, sorted, FreeSurfer's left out.
 
-    Files of an earlier run with the same name are replaced one by one.
+    Files of an earlier run with the same name are replaced one by one. The folder they come from stays whole, so that
+    this can be done again after a kill; on one disk the files are hard links and take no further space.
     """
     _publish_surfaces(task, root)
-    moved = []
+    published = []
     for path in sorted(task.output.rglob("*")):
         place = path.relative_to(task.output)
         if path.is_dir() or place.parts[0] == "sourcedata" or (len(place.parts) == 1 and path.name in _NOT_OURS):
             continue
-        if place.parts[0] == "logs":  # citations and crash reports, which every participant has
+        if place.parts[0] == "logs":  # citations, which every participant has
             place = place.with_name(f"sub-{task.label}_{path.name}")
-        _move(path, root / place)
-        moved.append(root / place)
-    return tuple(moved)
+        published.append(root / place)
+        # Renaming one hard link of a file onto another does nothing and leaves both.
+        if not ((root / place).exists() and (root / place).samefile(path)):
+            with atomic_path(root / place) as temporary:
+                _link(path, temporary)
+    return tuple(published)
 
 
 def stated_version(task: Task) -> str | None:
@@ -111,19 +114,24 @@ def _publish_surfaces(task: Task, root: Path) -> None:
         own = subject.name == label or subject.name.startswith(f"{label}_")
         if place.exists() and not own:
             continue  # fsaverage and its like, the same for all
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place.parent)
+        temporary = temporary_path(place)
+        shutil.copytree(subject, temporary, symlinks=True, copy_function=_link)
         if place.exists():
             shutil.rmtree(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(subject, place)
+        try:
+            temporary.replace(place)
+        except OSError:  # another participant's job was faster with fsaverage
+            if own:
+                raise
+            shutil.rmtree(temporary)
 
 
-def _move(path: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _link(path: str | Path, place: str | Path) -> str:
+    """Hard link, or a copy where the disk is another or has no links."""
     try:
-        path.replace(place)
-    except OSError as error:
-        if error.errno != errno.EXDEV:  # the scratch folder is on another disk
-            raise
-        with atomic_path(place) as temporary:
-            shutil.copyfile(path, temporary)
-        path.unlink()
+        os.link(path, place)
+    except OSError:
+        shutil.copyfile(path, place)
+    return str(place)

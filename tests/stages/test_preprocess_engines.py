@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 
 from brainfm_cli import cli
+from brainfm_cli.programs import fmriprep_outputs
 from tests.programs import fakes
 
 ALL = ("fmriprep", "docker", "apptainer", "fmriprep-docker")
@@ -257,6 +259,8 @@ def test_everything_that_is_missing_is_said_at_once_and_nothing_is_written(
         (lambda raw: (raw / "task-rest_bold.json").unlink(), (), 65, "RepetitionTime is missing"),
         (lambda raw: _link_away(raw), (), 65, "cp -rL"),
         (lambda raw: _link_away(raw), ("--engine", "fmriprep"), 0, ""),
+        (lambda raw: None, ("--datasets", "absent"), 66, "does not exist"),
+        (lambda raw: None, ("--fs-subjects-dir", "absent"), 66, "does not exist"),
         (lambda raw: None, ("--participant-label", "99"), 66, "no data for participant 99"),
         (lambda raw: None, ("--engine", "podman"), 78, "engine"),
         (lambda raw: None, ("--engine", "fmriprep", "--set", "fmriprep_docker=true"), 78, "goes with engine docker"),
@@ -339,6 +343,41 @@ def wait_for(path: Path, seconds: float = 30) -> str:
             return path.read_text().strip()
         time.sleep(0.02)
     raise AssertionError(f"{path.name} never came")
+
+
+def test_a_kill_while_files_are_published_is_mended(raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch) -> None:
+    done, link = [], fmriprep_outputs._link
+
+    def stops_halfway(path: Path, place: Path) -> str:
+        done.append(place)
+        if len(done) == 12:
+            raise KeyboardInterrupt
+        return link(path, place)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(fmriprep_outputs, "_link", stops_halfway)
+    assert run(*preprocess(raw, out, "--engine", "docker"))[0] == 130
+    monkeypatch.setattr(fmriprep_outputs, "_link", link)
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setenv("FAKE_TREE", str(tmp_path / "nothing"))  # a second run of fMRIPrep finds its work done and writes nothing
+    code, said = run(*preprocess(raw, out, "--engine", "docker"))
+    assert code == 0, said
+    assert {path.relative_to(tmp_path / "tree") for path in (tmp_path / "tree" / "sub-01").rglob("*")} == {
+        path.relative_to(out) for path in (out / "sub-01").rglob("*")
+    }
+    assert not list(out.rglob("*.part"))
+
+
+def test_work_on_another_disk_is_copied(raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuses)
+    out = tmp_path / "out"
+    assert run(*preprocess(raw, out, "--engine", "docker", "--work-dir", tmp_path / "scratch"))[0] == 0
+    assert (out / "sub-01.html").read_text() == "<html></html>"
+    assert (out / "sourcedata" / "freesurfer" / "sub-01" / "mri" / "orig.mgz").read_text() == "surfaces"
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -108,7 +108,7 @@ def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[
         otherwise=False,
     )
     memory_mb = check(lambda: memory_per_unit_mb(execution.mem_mb, units=at_a_time), execution.mem_mb or 0)
-    check(lambda: _check_work_dir(call, engine), None)
+    check(lambda: _check_folders(call, engine), None)
     check(lambda: check_space((call.output_dir, _work_dir(call)), input_bytes=sum(largest)), None)
     machine = Machine(
         engine=engine,
@@ -117,7 +117,7 @@ def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[
         licence=licence,
         templateflow=templateflow,
         memory_mb=memory_mb,
-        threads=execution.omp_nthreads or max(1, (os.cpu_count() or 1) // at_a_time),
+        threads=execution.omp_nthreads or max(1, _cores() // at_a_time),
     )
     return machine, problems
 
@@ -127,7 +127,16 @@ def _work_dir(call: Invocation) -> Path:
     return (call.execution.work_dir or call.output_dir / ".work").absolute()
 
 
-def _check_work_dir(call: Invocation, engine: Engine) -> None:
+def _cores() -> int:
+    # What the scheduler gives this job may be less than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_folders(call: Invocation, engine: Engine) -> None:
+    given = [*call.datasets.values(), *([call.execution.fs_subjects_dir] if call.execution.fs_subjects_dir else [])]
+    for folder in given:
+        if not folder.is_dir():  # Docker would make it, as root
+            raise InputNotFoundError("the folder does not exist", where=folder, fix="check --datasets and --fs-subjects-dir")
     # fMRIPrep looks at the paths it is given: in our own containers the work folder has another one.
     if engine in {"fmriprep", "fmriprep-docker"} and _work_dir(call).resolve().is_relative_to(call.input_dir.resolve()):
         raise OutputError(
@@ -138,10 +147,8 @@ def _check_work_dir(call: Invocation, engine: Engine) -> None:
 def _task(call: Invocation, settings: PreprocessSettings, machine: Machine, label: str, inputs: Sequence[Path]) -> Task:
     # Other inputs or settings get another folder, so that nothing made from the old ones is taken for new.
     made_from = [planned_dataset(call, settings).configuration_hash, [stamp_input(path).model_dump(mode="json") for path in inputs]]
-    folder = (
-        _work_dir(call)
-        / f"brainfm_sub-{label}_{digest_of([made_from, call.selection.model_dump(mode='json', exclude={'participant_label'})])[:8]}"
-    )
+    selected = call.selection.model_dump(mode="json", exclude={"participant_label"})
+    folder = _work_dir(call) / f"brainfm_sub-{label}_{digest_of([made_from, selected])[:8]}"
     tasks = call.selection.task_id
     filtered = call.selection.bids_filter_file is not None or len(tasks) > 1
     subjects = call.execution.fs_subjects_dir
@@ -195,8 +202,9 @@ def preprocess_participant(
     participant = read_raw_participant(task.data, task.label, selection, anat_only=task.anat_only)
     _check(participant, task, machine)
     folder = task.output.parent
-    if clean:
-        shutil.rmtree(folder, ignore_errors=True)
+    if clean:  # also what other inputs or settings left
+        for old in folder.parent.glob(f"brainfm_sub-{task.label}_*"):
+            shutil.rmtree(old)
     for needed in scratch_folders(machine.engine, task):
         needed.mkdir(parents=True, exist_ok=True)
     if task.filters:
@@ -217,7 +225,8 @@ def preprocess_participant(
     if no_report:
         notes.append(f"fMRIPrep's report could not be made; the data are complete, see {log_file.name}")
         log.warning("sub-%s: %s", task.label, notes[-1])
-    measures = {} if task.anat_only else measure_runs(task.output, task.label)  # reads every volume: a truncated one is found here
+    has_series = not task.anat_only and task.level == "full"
+    measures = measure_runs(task.output, task.label, task.output_spaces) if has_series else {}
     outputs = [*publish(task, root), write_json(measures_path(root, task.label), measures)]
     shutil.rmtree(folder, ignore_errors=True)
     return UnitResult(outputs=tuple(outputs), notes=tuple(notes))
