@@ -40,7 +40,7 @@ from brainfm_cli.models.readouts import connectivity_blocks
 PRESETS: dict[str, EncoderShape] = {
     "base": EncoderShape(),
     "small": EncoderShape(width=128, num_heads=4, feedforward=256, num_layers=2),
-    "tiny": EncoderShape(width=64, num_heads=4, feedforward=128, num_blocks=2, num_layers=1),
+    "tiny": EncoderShape(width=64, num_heads=4, feedforward=128, num_blocks=2, num_layers=1, dropout=0.0),
 }
 _SMALLEST_SPREAD = 1e-4  # an edge without spread tells nothing, and dividing by it would blow noise up
 _HIDE_FIRST, _HIDE_SECOND, _DROP, _NOISE, _NON_EDGES = range(5)  # streams of the hashed random numbers

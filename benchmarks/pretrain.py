@@ -1,0 +1,169 @@
+"""Graphs per second of the brain-graph system, beside the arithmetic floor measured in the same run.
+
+Floor: floating-point operations of the step (counted by torch) divided by the rate of a large matrix product on the same machine,
+measured before and after and taken as the larger. A training step is two windows with all losses, backward, clipping and AdamW.
+
+    python benchmarks/pretrain.py --regions 100 200 333 --batch 64 --preset base --dropout 0 0.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from brainfm_cli.learning.checkpoints import AtlasRecord
+from brainfm_cli.learning.device import choose_device
+from brainfm_cli.learning.samples import PretrainBatch, Windows
+from brainfm_cli.systems import SystemSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FRAMES = 200
+_CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+# torch counts attention on GPUs only; on CPUs its kernels have names of their own.
+_ATTENTION = {
+    getattr(torch.ops.aten, _CPU_KERNEL): lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    getattr(torch.ops.aten, f"{_CPU_KERNEL}_backward"): lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+}
+
+
+def windows(batch: int, regions: int, device: torch.device, *, seed: int) -> Windows:
+    """Windows of smooth noise with a few shared sources, so that graphs have positive edges."""
+    generator = torch.Generator().manual_seed(seed)
+    sources = torch.randn(batch, FRAMES, 12, generator=generator)
+    series = sources @ torch.randn(12, regions, generator=generator) + torch.randn(batch, FRAMES, regions, generator=generator)
+    frames = torch.full((batch,), FRAMES)
+    return Windows(atlas="A", series=series, frames=frames, seconds=frames * 2.0).to(device)
+
+
+def batch_of(batch: int, regions: int, device: torch.device) -> PretrainBatch:
+    """Two windows of each of ``batch`` scans."""
+    return PretrainBatch(
+        first=windows(batch, regions, device, seed=1),
+        second=windows(batch, regions, device, seed=2),
+        crossed=False,
+        other=None,
+        other_rows=torch.empty(0, dtype=torch.int64, device=device),
+        keys=torch.arange(batch, device=device) * 7919,
+        dataset=torch.zeros(batch, dtype=torch.int64, device=device),
+        participant=torch.arange(batch, device=device),
+    )
+
+
+def timed(work: Callable[[], Any], device: torch.device, *, repeats: int) -> float:
+    """Median seconds of one call, after one to warm up."""
+    work()
+    found = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        found.append(time.perf_counter() - start)
+    return sorted(found)[len(found) // 2]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a 2048 x 2048 product, the best of several."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(timed(lambda: a @ b, device, repeats=1) for _ in range(5))
+    return 2 * 2048**3 / seconds
+
+
+def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+    settings = SystemSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    system = settings.build({"A": AtlasRecord(template="T", regions=tuple(f"r{i}" for i in range(regions)))})
+    module = system.module.to(device)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    data = batch_of(batch, regions, device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def forward() -> None:
+        module.eval()
+        with torch.no_grad(), half:
+            module.encode(system.graphs(data.first))
+
+    def step() -> None:
+        module.train()
+        with half:
+            terms = system.losses(data, epoch=1.0)
+        loss = torch.stack([system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]).sum()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+
+    def flops(work: Callable[[], None]) -> int:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+            work()
+        return int(counter.get_total_flops())
+
+    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = {"forward": timed(forward, device, repeats=repeats), "step": timed(step, device, repeats=repeats)}
+    rate = max(rate, matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32))
+    row: dict[str, Any] = {
+        "regions": regions,
+        "batch": batch,
+        "preset": preset,
+        "dropout": dropout,
+        "gflops_per_second": round(rate / 1e9, 1),
+    }
+
+    def counted_forward() -> None:  # the counter cannot follow modules where gradients are off
+        with half:
+            module.encode(system.graphs(data.first))
+
+    for name, work in (("forward", counted_forward), ("step", step)):
+        floor = flops(work) / rate
+        row |= {
+            f"{name}_seconds": round(seconds[name], 4),
+            f"{name}_graphs_per_second": round(batch / seconds[name], 2),
+            f"{name}_ms_per_graph": round(1000 * seconds[name] / batch, 2),
+            f"{name}_floor_seconds": round(floor, 4),
+            f"{name}_over_floor": round(seconds[name] / floor, 2),
+        }
+    return row
+
+
+def main() -> None:
+    """Print one row per number of regions and dropout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regions", type=int, nargs="+", default=[100, 200, 333])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.2])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device)
+    rows = []
+    for dropout in arguments.dropout:
+        for regions in arguments.regions:
+            row = measure(
+                regions, arguments.batch, arguments.preset, dropout, device, precision=arguments.precision, repeats=arguments.repeats
+            )
+            rows.append(row)
+            print(json.dumps(row))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
