@@ -290,9 +290,7 @@ class _Run(lightning.LightningModule):
         if position.step % plan.log_every == 0 or position.step in {1, self.total_steps}:
             values = {name: float(value) for name, value in self._row.items()}
             if not math.isfinite(values["loss"]):
-                raise InputDatasetError(
-                    f"the training loss is no longer finite at step {position.step}", fix="lower optimiser.learning_rate, or use --set execution.precision=32-true"
-                )  # fmt: skip
+                raise self._diverged("training")
             self.log_rows.add("train", step=position.step, epoch=position.epoch, learning_rate=rate, **values)
         # the state at the end of an epoch is saved after its validation
         if position.batch < self._source.num_batches and position.step < self.total_steps:
@@ -311,6 +309,8 @@ class _Run(lightning.LightningModule):
         position, patience = self.position, self._plan.patience
         if self._validation:
             means = self._validation_means()
+            if not math.isfinite(means["loss"]):
+                raise self._diverged("validation")
             self.log_rows.add("validation", step=position.step, epoch=position.epoch, **means)
             if position.best_loss is None or means["loss"] < position.best_loss:
                 position.best_loss, position.best_epoch = means["loss"], position.epoch
@@ -343,8 +343,15 @@ class _Run(lightning.LightningModule):
             sums = torch.as_tensor(self.all_gather(sums)).sum(dim=0)
         return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True)}
 
+    def _diverged(self, what: str) -> InputDatasetError:
+        fix = "lower optimiser.learning_rate, or use --set execution.precision=32-true"
+        return InputDatasetError(f"the {what} loss is no longer finite at step {self.position.step}", fix=fix)
+
     def _save(self) -> None:
         self._saved_at = time.monotonic()
+        # the loss is looked at where it is logged; a state in between must not keep what no setting could mend
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.module.parameters()):
+            raise self._diverged("training")
         if not self.trainer.is_global_zero:
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
