@@ -101,7 +101,7 @@ def check_engine(engine: Engine, *, image: str | None, version: str, pinned: boo
         last = security.rpartition("\n")[2][:200]
         raise EngineUnavailableError(
             f"Docker's daemon does not answer (code {code}): {last}",
-            fix="start it, or ask for permission; without one use --engine apptainer, fmriprep or embedded",
+            fix="start it, or ask for permission; without one use --engine apptainer or fmriprep",
         )
     code, _ = ask("docker", "image", "inspect", "--format", "{{.Id}}", str(image))
     if code != 0:
@@ -114,7 +114,7 @@ def check_engine(engine: Engine, *, image: str | None, version: str, pinned: boo
 def _find(program: str) -> None:
     if shutil.which(program) is None:
         fixes = {
-            "fmriprep": "load its module, or use --engine docker, apptainer or embedded",
+            "fmriprep": "load its module, or use --engine docker or apptainer",
             "fmriprep-docker": "install it with: pip install fmriprep-docker, or leave fmriprep_docker out",
         }
         raise MissingProgramError(

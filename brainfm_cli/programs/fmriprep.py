@@ -206,8 +206,14 @@ def only_report_failed(ending: Ending) -> bool:
     return ending.code == 1 and any(_FINISHED in line for line in ending.tail) and any(_NO_REPORT in line for line in ending.tail)
 
 
-def error_of(ending: Ending, *, log_file: Path, in_container: bool) -> BrainFMError:
-    """The named error that an exit code other than 0 and the last lines of the log stand for."""
+def error_of(ending: Ending, *, log_file: Path, output: Path, in_container: bool) -> BrainFMError:
+    """The named error that an exit code other than 0 and the last lines of the log stand for.
+
+    Parameters
+    ----------
+    output
+        Folder that fMRIPrep wrote to, where its crash reports are.
+    """
     text = "\n".join(ending.tail)
     code = ending.code
     if ending.timed_out:
@@ -239,7 +245,7 @@ def error_of(ending: Ending, *, log_file: Path, in_container: bool) -> BrainFMEr
         return OutputError(
             "fMRIPrep may not read or write a file", where=log_file, fix="the log names it; mend its permissions or its bind"
         )
-    return _failure(code, text, log_file)
+    return _failure(code, text, log_file, output)
 
 
 def _engine_error(code: int, text: str, log_file: Path) -> BrainFMError:
@@ -253,7 +259,7 @@ def _engine_error(code: int, text: str, log_file: Path) -> BrainFMError:
     return EngineUnavailableError(f"the container could not be started (code {code}): {last}", where=log_file, fix="see the log; then run the same command")  # fmt: skip
 
 
-def _failure(code: int, text: str, log_file: Path) -> BrainFMError:
+def _failure(code: int, text: str, log_file: Path, output: Path) -> BrainFMError:
     if code == 139 or _SEGFAULT.search(text):
         what = f"a program of fMRIPrep crashed with a segmentation fault (code {code})"
     elif _RECON.search(text):
@@ -270,4 +276,4 @@ def _failure(code: int, text: str, log_file: Path) -> BrainFMError:
         what = "fMRIPrep could not build its workflow (code 70)"
     else:
         what = f"fMRIPrep failed (code {code})"
-    return ProgramFailedError(what, where=log_file, fix="read the log and sub-*/log/*/crash-*.txt beside it; the same command resumes")
+    return ProgramFailedError(what, where=log_file, fix=f"read the log, and crash-*.txt below {output}; the same command resumes")

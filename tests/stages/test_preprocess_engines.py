@@ -165,19 +165,21 @@ def test_endings_have_codes_and_sentences(
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "says"),
+    ("engine", "ending", "code", "says"),
     [
-        ({"FAKE_CODE": "125", "FAKE_LOG": "docker: Error response from daemon: invalid mount"}, 69, "could not be started (code 125)"),
-        ({"FAKE_CODE": "126", "FAKE_LOG": "docker: Error response from daemon: OCI runtime create failed"}, 69, "could not be started"),
-        ({"FAKE_CODE": "125", "FAKE_LOG": 'docker: The container name "/brainfm-sub-01-abc" is already in use'}, 69, "docker rm -f brainfm-sub-01-abc"),
+        ("apptainer", {"FAKE_CODE": "255", "FAKE_LOG": "FATAL:   could not open image"}, 69, "could not be started (code 255)"),
+        ("apptainer", {"FAKE_CODE": "255"}, 70, "fMRIPrep failed (code 255)"),
+        ("docker", {"FAKE_CODE": "125", "FAKE_LOG": "docker: Error response from daemon: invalid mount"}, 69, "could not be started (code 125)"),
+        ("docker", {"FAKE_CODE": "126", "FAKE_LOG": "docker: Error response from daemon: OCI runtime create failed"}, 69, "could not be started"),
+        ("docker", {"FAKE_CODE": "125", "FAKE_LOG": 'docker: The container name "/brainfm-sub-01-abc" is already in use'}, 69, "docker rm -f brainfm-sub-01-abc"),
     ],
 )  # fmt: skip
 def test_an_engine_that_does_not_start_is_no_fmriprep_failure(
-    ending: dict[str, str], code: int, says: str, raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch
+    engine: str, ending: dict[str, str], code: int, says: str, raw: Path, tmp_path: Path, engines: fakes.Fakes, run, monkeypatch
 ) -> None:
     for name, value in ending.items():
         monkeypatch.setenv(name, value)
-    got, said = run(*preprocess(raw, tmp_path / "out", "--engine", "docker"))
+    got, said = run(*preprocess(raw, tmp_path / "out", "--engine", engine, *ENGINES[engine]))
     assert (got, says in said) == (code, True), said
 
 

@@ -214,7 +214,7 @@ def preprocess_participant(
     ending = run_logged(command, log_file, name=f"sub-{task.label}", max_hours=max_hours, echo=task.verbose > 0)
     no_report = only_report_failed(ending)
     if ending.code != EXIT_OK and not no_report:
-        raise error_of(ending, log_file=log_file, in_container=machine.engine != "fmriprep")
+        raise error_of(ending, log_file=log_file, output=task.output, in_container=machine.engine != "fmriprep")
     if missing := missing_outputs(task, participant, report=not no_report):
         raise ProgramFailedError(
             f"fMRIPrep ended without an error and did not write {', '.join(missing[:_SHOWN])}",
