@@ -194,7 +194,13 @@ def save_state(folder: Path, name: str, state: TrainingState) -> Path:
 
 
 def newest_state(folder: Path) -> TrainingState | None:
-    """The newest complete state in ``folder``; none where there is none."""
+    """The newest complete state in ``folder``; none where there is none.
+
+    Raises
+    ------
+    InputDatasetError
+        It is damaged.
+    """
     states = sorted(path for path in folder.glob("step-*") if (path / "progress.json").is_file()) if folder.is_dir() else []
     if not states:
         return None
@@ -206,5 +212,7 @@ def newest_state(folder: Path) -> TrainingState | None:
             progress=json.loads((newest / "progress.json").read_text(encoding="utf-8")),
             log=(newest / "log.csv").read_text(encoding="utf-8"),
         )
-    except (OSError, ValueError) as error:
-        raise InputDatasetError(f"the checkpoint is unreadable: {error}", where=newest, fix="delete this folder; training starts from the one before, or anew") from error  # fmt: skip
+    except (OSError, ValueError, CheckpointMismatchError, InputNotFoundError) as error:
+        raise InputDatasetError(
+            f"the state of an unfinished training is damaged: {error}", where=newest, fix="delete this folder; training starts anew"
+        ) from error
