@@ -108,10 +108,13 @@ def evaluate(
         else refuse_pretrained(split, context.table, context.pretrained, transductive=context.transductive)
     )
     used = target.keep(list(split.table["participant_id"]))
+    kernels = context.kernels or {}
     checks = (
-        audit.audit_scans(split, context.kernels or {}),
+        audit.audit_scans(split, kernels),
+        audit.audit_people(split, kernels),
         audit.audit_pretraining(overlap, len(tested)),
         audit.audit_site(used, context.table),
+        audit.audit_site_in_connectivity(kernels, context.table),
         audit.audit_size(target.keep(tested)),
     )
     forecasts, fold_of = _forecast(target, split, predictors, settings, progress)

@@ -82,7 +82,7 @@ def make_floors(cohort: Cohort, target: Target, table: pd.DataFrame, settings: F
         columns, left_out = usable_covariates(target, table, settings.covariates)
         notes += left_out
         if columns:
-            predictors[LABELS["covariates"]] = CovariateFloor(table=_typed(table[columns]), penalties=settings.penalties)
+            predictors[LABELS["covariates"]] = CovariateFloor(table=typed(table[columns]), penalties=settings.penalties)
         else:
             notes.append("the covariate floor has no column left and is not computed")
     for kind in ("fisherz", "tangent", "svm"):
@@ -263,7 +263,7 @@ def _determines(column: pd.Series, target: Target) -> bool:
     return all(above[0] > below[1] for below, above in itertools.pairwise(spans))
 
 
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
+def typed(table: pd.DataFrame) -> pd.DataFrame:
     """Covariates as numbers or text: sites and sexes are never numbers, however they are coded."""
     text = [name for name in table if name in _NAMES or not pd.api.types.is_numeric_dtype(table[name]) or table[name].dtype == bool]
     return table.assign(**{str(name): table[name].map(class_text).astype(object) for name in text})

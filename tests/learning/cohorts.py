@@ -42,7 +42,9 @@ def pack_cohort(
     regions = next(iter(series.values()))[0].shape[1]
     with CohortWriter(folder) as writer:
         for atlas in atlases:
-            writer.add_atlas(CohortAtlas(label=atlas, regions=RegionTable(names=tuple(f"r{index}" for index in range(regions))), template="t"))
+            writer.add_atlas(
+                CohortAtlas(label=atlas, regions=RegionTable(names=tuple(f"r{index}" for index in range(regions))), template="t")
+            )
             for name in table.index:
                 for number, run in enumerate(series[name]):
                     row = {"participant": name, "dataset": table.get("dataset", pd.Series("toy", index=table.index))[name], "session": "", "run": f"run-{number}", "site": table.get("site", pd.Series("", index=table.index))[name], "repetition_time": 2.0, "mean_fd": 0.1, "kept_fraction": 1.0}  # fmt: skip
@@ -73,7 +75,9 @@ def case_cohort(folder: Path, *, people: int = 60, effect: float = 1.0, seed: in
 def binary_target(labels: Sequence[int], names: Sequence[str] | None = None) -> Target:
     """A two-class target."""
     names = names or names_of(len(labels))
-    return Target(name="group", kind="binary", participants=tuple(names), observed=np.asarray(labels, dtype=np.float64), classes=("no", "yes"))
+    return Target(
+        name="group", kind="binary", participants=tuple(names), observed=np.asarray(labels, dtype=np.float64), classes=("no", "yes")
+    )
 
 
 def continuous_target(values: Sequence[float] | NDArray) -> Target:

@@ -29,7 +29,9 @@ def families(draw):
 def test_no_family_is_on_both_sides_and_everybody_is_tested_once_per_repeat(drawn, folds, repeats):
     labels, family, seed = drawn
     target = binary_target(labels)
-    split = make_split(target, plain_table(len(labels), family=family), DesignSettings(folds=folds, repeats=repeats, group="family", seed=seed))
+    split = make_split(
+        target, plain_table(len(labels), family=family), DesignSettings(folds=folds, repeats=repeats, group="family", seed=seed)
+    )
     of = dict(zip(target.participants, family, strict=True))
     tested = []
     for fold in split.folds():

@@ -101,7 +101,9 @@ def all_pairs(labels, scores):
 @pytest.mark.parametrize("digits", [1, 8])
 def test_delong_agrees_with_all_pairs(generator, digits):
     labels, p = predictions(generator, 40)
-    scores = np.round(np.stack([p[:, 1], np.clip(p[:, 1] + generator.normal(scale=0.2, size=40), 0, 1), generator.uniform(size=40)]), digits)
+    scores = np.round(
+        np.stack([p[:, 1], np.clip(p[:, 1] + generator.normal(scale=0.2, size=40), 0, 1), generator.uniform(size=40)]), digits
+    )
     found = delong(labels, scores)
     areas, covariance = all_pairs(labels, scores)
     np.testing.assert_allclose(found.areas, areas, atol=1e-12)
@@ -137,22 +139,27 @@ def test_bootstrap_p_counts():
     assert bootstrap_p(np.zeros(99)) == 1.0
 
 
+def pairs_won(members, p):
+    gaps = p[members][:, None] - p[~members][None]
+    return (gaps > 0).mean() + 0.5 * (gaps == 0).mean()
+
+
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "continuous"])
 def test_permutation_p_of_few_people_is_near_that_of_all_orders(kind):
     rng = np.random.default_rng(5)
-    observed = {"binary": [0, 1, 0, 1, 1, 0, 1], "multiclass": [0, 1, 2, 0, 1, 2, 0], "continuous": [1.0, 4, 2, 6, 3, 5, 7]}[kind]
+    observed = {"binary": [0, 1, 0, 1, 1, 0], "multiclass": [0, 1, 2, 0, 1, 2], "continuous": [1.0, 4, 2, 6, 3, 5]}[kind]
     observed = np.array(observed, float)
     if kind == "continuous":
-        predicted = observed + rng.normal(scale=2.5, size=7)
+        predicted = observed + rng.normal(scale=2.5, size=6)
         area = lambda labels: -np.sum((labels - predicted) ** 2)  # noqa: E731  (R² ranks as the squared error)
     else:
         classes = int(observed.max()) + 1
-        predicted = rng.dirichlet(np.ones(classes), 7) + 0.25 * np.eye(classes)[observed.astype(int)]
+        predicted = rng.dirichlet(np.ones(classes), 6) + 0.25 * np.eye(classes)[observed.astype(int)]
         predicted /= predicted.sum(1, keepdims=True)
         area = lambda labels: np.mean(  # noqa: E731
-            [metrics.roc_auc_score(labels == code, predicted[:, code]) for code in ([1] if kind == "binary" else range(classes))]
+            [pairs_won(labels == code, predicted[:, code]) for code in ([1] if kind == "binary" else range(classes))]
         )
-    exact = np.mean([area(observed[list(order)]) >= area(observed) - 1e-12 for order in itertools.permutations(range(7))])
+    exact = np.mean([area(observed[list(order)]) >= area(observed) - 1e-12 for order in itertools.permutations(range(6))])
     found = permutation_p(kind, observed, predicted[None], strata=None, permutations=20_000, rng=rng)
     assert found == pytest.approx(exact, abs=0.012)
 
@@ -191,7 +198,7 @@ def test_detectable_effects_agree_with_simulated_power():
     shift = np.sqrt(2) * stats.norm.ppf(area)  # two normals whose ROC curve has this area
     labels = np.r_[np.ones(positives), np.zeros(negatives)]
     found = []
-    for _ in range(1500):
+    for _ in range(600):
         scores = rng.normal(size=80) + shift * labels
         found.append(stats.mannwhitneyu(scores[labels == 1], scores[labels == 0], alternative="greater").pvalue < 0.05)
-    assert np.mean(found) == pytest.approx(0.8, abs=0.05)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
