@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from brainfm_cli.bids.cohort import Cohort
-from brainfm_cli.config import Execution
+from brainfm_cli.bids.derivatives import write_json
+from brainfm_cli.config import Execution, digest_of
 from brainfm_cli.learning.checkpoints import load_weights, read_model_config
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
@@ -24,6 +28,7 @@ from brainfm_cli.learning.splits import DesignSettings, Fold, Split, fixed_split
 from brainfm_cli.learning.targets import Target, participant_table
 from brainfm_cli.learning.tuned import AppliedPredictor, TargetRecord, TunedPredictor, load_tuned, prepare_inputs, read_held_out, read_seen
 from brainfm_cli.learning.tuning import AtlasInputs, TuningSettings
+from brainfm_cli.provenance import file_sha256
 
 log = logging.getLogger(__name__)
 Mode = Literal["apply", "refit"]
@@ -120,6 +125,7 @@ class _Backbones:
             system=self._given,
             inputs=self._inputs(self._given),
             atlases=load_tuned(self.request.model, self.request.record),
+            weights=self.request.record.weights,
             held_out=read_held_out(self.request.model / "held_out.tsv", self.request.target.participants, datasets),
         )
 
@@ -152,7 +158,7 @@ class _Backbones:
     def _pretrained(self, fold: Fold) -> Any:  # noqa: ANN401
         settings = PretrainingSettings.from_values(dict(self._config.pretraining), where=self.request.model / "config.yaml")
         people = self._outside(fold, settings)
-        folder = self.request.root / "models" / f"{self.request.model.name}-repeat{fold.repeat}-fold{fold.fold}"
+        folder = self._folder(fold, people)
         prepared = prepare(self._given.settings, settings, self.request.cohort, people)
         if is_finished(folder):
             load_weights(prepared.system.module, folder / "model.safetensors")
@@ -160,8 +166,25 @@ class _Backbones:
         else:
             log.info("repeat %d, fold %d: pretraining on %d people", fold.repeat, fold.fold, len(people))
             pretrain_model(prepared, settings, self.execution, folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         prepared.system.module.to(self._device)
         return prepared.system
+
+    def _folder(self, fold: Fold, people: Sequence[str]) -> Path:
+        """The fold's model folder; what was pretrained there on other people or other series is removed.
+
+        Otherwise a cohort that has grown, and is divided anew, would be tested with a model that has seen test people.
+        """
+        folder = self.request.root / "models" / f"{self.request.model.name}-repeat{fold.repeat}-fold{fold.fold}"
+        stamp, values = folder / "inputs.json", {"sha256": digest_of({"people": sorted(people), "series": self._series})}
+        if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != values:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(stamp, values)
+        return folder
+
+    @cached_property
+    def _series(self) -> list[str]:
+        return [file_sha256(path) for path in self.request.cohort.files if path.suffix in {".npy", ".parquet"}]
 
     def _outside(self, fold: Fold, settings: PretrainingSettings) -> list[str]:
         """Everybody the pretraining may see, labelled or not: not the fold's test people, nor their families."""

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 from torch import Tensor
 
 from brainfm_cli.bids.cohort import Cohort
@@ -25,6 +26,7 @@ from brainfm_cli.learning.samples import participant_hash
 from brainfm_cli.learning.targets import Target
 from brainfm_cli.learning.tuning import AtlasInputs, Tunable, TunedAtlas, TuningSettings, prepare, score_atlas, tune_atlas
 
+_SMALLEST_WEIGHT = 1e-9
 _SPACE = ":"  # between atlas and tensor in the files; no atlas label holds it
 
 
@@ -39,6 +41,8 @@ class TargetRecord(Frozen):
     """Class names by index; of two, the second is positive."""
     atlases: tuple[str, ...] = ()
     """Atlases with a prompt and a head."""
+    weights: dict[str, float] = {}
+    """Weight of each atlas in the prediction of a person who has them all; they add up to 1."""
     threshold: float | None = None
     """Probability of the positive class at which it is decided, chosen on held-out predictions of the people tuned on."""
     people: int = 0
@@ -63,6 +67,8 @@ class Tuning:
 
     atlases: dict[str, TunedAtlas]
     """By label."""
+    weights: dict[str, float]
+    """Weight of each atlas, found on held-out predictions; they add up to 1."""
     held_out: NDArray[np.float64]
     """(people, classes) or (people,): predictions of the people tuned on, each without their own label; NaN where there is none."""
 
@@ -71,6 +77,7 @@ class Tuning:
         found: dict[str, float | str] = {}
         for label, tuned in self.atlases.items():
             found[f"{label}: epochs of prompt tuning"] = float(tuned.epochs)
+            found[f"{label}: weight of the atlas"] = round(self.weights[label], 3)
             found |= {f"{label}: share of {block}": round(share, 3) for block, share in tuned.choice.shares().items()}
         return found
 
@@ -108,8 +115,7 @@ def tune(
     """Tune on everybody in ``target``; ``folds`` are rows of ``target``."""
     num_classes = len(target.classes)
     tuned: dict[str, TunedAtlas] = {}
-    shape = (len(target.participants), *((num_classes,) if num_classes else ()))
-    total, count = np.zeros(shape), np.zeros(len(target.participants))
+    held_out: dict[str, NDArray[np.float64]] = {}
     for label, one in inputs.items():
         rows = np.array([row for row, name in enumerate(target.participants) if name in set(one.participants)], dtype=np.int64)
         if not len(rows):
@@ -117,34 +123,71 @@ def tune(
         people = one.positions([target.participants[row] for row in rows])
         outcome = Outcome(values=target.observed[rows], num_classes=num_classes, balanced=settings.balanced)
         tuned[label] = tune_atlas(system, one, people, outcome, _renumbered(folds, rows), settings, seed=seed)
-        known, values = _held_out(tuned[label].choice, tuned[label].head)
-        total[rows[known]] += values
-        count[rows[known]] += 1
-    with np.errstate(invalid="ignore"):
-        held_out = total / (count[:, None] if num_classes else count)
-    return Tuning(atlases=tuned, held_out=held_out)
+        held_out[label] = np.full((len(target.participants), num_classes or 1), np.nan)
+        held_out[label][rows] = _held_out(tuned[label].choice, tuned[label].head)
+    weights = stack_weights(held_out, target)
+    mean = _weighted(held_out, weights, len(target.participants))
+    return Tuning(atlases=tuned, weights=weights, held_out=mean if num_classes else mean[:, 0])
+
+
+def stack_weights(held_out: Mapping[str, NDArray[np.float64]], target: Target) -> dict[str, float]:
+    """Weights of atlases that add up to 1: non-negative least squares on held-out predictions (stacked regressions, Breiman 1996).
+
+    ``held_out`` has (people, outputs) by atlas, NaN where a person lacks it; only people with all of them count. Equal
+    weights where nobody has all, or where no atlas predicts anything.
+    """
+    labels = list(held_out)
+    equal = dict.fromkeys(labels, 1 / len(labels))
+    known = np.all([np.isfinite(values).all(1) for values in held_out.values()], axis=0)
+    if len(labels) == 1 or not known.any():
+        return equal
+    observed = target.observed[known]
+    wanted = np.eye(len(target.classes))[observed.astype(np.int64)] if target.classes else observed[:, None]
+    columns = np.stack([(values[known] - values[known].mean(0)).ravel() for values in held_out.values()], axis=1)
+    found, _ = nnls(columns, (wanted - wanted.mean(0)).ravel())
+    return {label: float(value) for label, value in zip(labels, found / found.sum(), strict=True)} if found.sum() > 0 else equal
 
 
 def forecast(
-    system: Tunable, inputs: Mapping[str, AtlasInputs], atlases: Mapping[str, Any], participants: Sequence[str]
+    system: Tunable,
+    inputs: Mapping[str, AtlasInputs],
+    atlases: Mapping[str, Any],
+    participants: Sequence[str],
+    *,
+    weights: Mapping[str, float] | None = None,
 ) -> NDArray[np.float64]:
-    """(people, classes) probabilities or (people,) values: means over the atlases that each person has."""
+    """(people, classes) probabilities or (people,) values: weighted means over the atlases that each person has.
+
+    Raises
+    ------
+    InputDatasetError
+        Somebody has none of the atlases.
+    """
     place = {name: row for row, name in enumerate(participants)}
-    total: NDArray[np.float64] | None = None
-    count = np.zeros(len(participants))
+    predicted: dict[str, NDArray[np.float64]] = {}
     for label, tuned in atlases.items():
         if label not in inputs:
             continue
         scores = score_atlas(system, inputs[label], tuned)
-        total = np.zeros((len(participants), scores.shape[1])) if total is None else total
-        for row, name in enumerate(inputs[label].participants):
-            if name in place:
-                total[place[name]] += scores[row]
-                count[place[name]] += 1
-    if total is None or not count.all():
+        predicted[label] = np.full((len(participants), scores.shape[1]), np.nan)
+        mine = [row for row, name in enumerate(inputs[label].participants) if name in place]
+        predicted[label][[place[inputs[label].participants[row]] for row in mine]] = scores[mine]
+    mean = _weighted(predicted, weights or dict.fromkeys(atlases, 1.0), len(participants))
+    if not len(mean) or np.isnan(mean).any():
         raise InputDatasetError("somebody has no series in an atlas that the model was tuned in", fix="parcellate with the model's atlases")
-    mean = total / count[:, None]
     return mean[:, 0] if mean.shape[1] == 1 else mean
+
+
+def _weighted(predicted: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float], people: int) -> NDArray[np.float64]:
+    """(people, outputs) means over the atlases that each person has; NaN where a person has none."""
+    if not predicted:
+        return np.empty((0, people))
+    # A person who has only atlases of weight 0 is predicted from those all the same.
+    stacked = np.stack(list(predicted.values()))
+    there = np.isfinite(stacked)
+    share = np.array([max(weights[label], _SMALLEST_WEIGHT) for label in predicted])[:, None, None] * there
+    with np.errstate(invalid="ignore"):
+        return (np.where(there, stacked, 0.0) * share).sum(0) / share.sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +204,7 @@ class TunedPredictor:
         system, inputs = self.prepared(fold)
         tuning = tune(system, inputs, fold.target, fold.inner, self.settings, seed=fold.seed % 2**31)
         inside = tuning.held_out if fold.target.classes else None
-        return Forecast(test=forecast(system, inputs, tuning.atlases, test), train=inside, choices=tuning.choices())
+        return Forecast(test=forecast(system, inputs, tuning.atlases, test, weights=tuning.weights), train=inside, choices=tuning.choices())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +217,14 @@ class AppliedPredictor:
     """Inputs of the test people."""
     atlases: Mapping[str, Any]
     """:class:`AtlasModel` by label."""
+    weights: Mapping[str, float]
+    """Weight of each atlas."""
     held_out: Mapping[str, NDArray[np.float64]]
     """Held-out prediction of the people tuned on, by participant key."""
 
     def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
         """The forecast for ``test``."""
-        predicted = forecast(self.system, self.inputs, self.atlases, test)
+        predicted = forecast(self.system, self.inputs, self.atlases, test, weights=self.weights)
         if not fold.target.classes:
             return Forecast(test=predicted)
         missing = np.full(len(fold.target.classes), np.nan)
@@ -287,9 +332,11 @@ def _renumbered(
     return [(inside(train), inside(validation)) for train, validation in folds]
 
 
-def _held_out(choice: Choice, head: FittedHead) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Positions with a held-out score, and their predictions."""
-    if head.num_classes == 0:  # nothing is decided, so that nothing needs them
-        return np.empty(0, np.int64), np.empty(0)
-    known = np.flatnonzero(~np.isnan(choice.held_out).any(1))
-    return known, probabilities_of(choice.held_out[known], head.slope, head.shift)
+def _held_out(choice: Choice, head: FittedHead) -> NDArray[np.float64]:
+    """(people, outputs) held-out predictions; NaN for people in no validation part."""
+    if head.num_classes == 0:
+        return choice.held_out
+    predicted = np.full((len(choice.held_out), head.num_classes), np.nan)
+    known = ~np.isnan(choice.held_out).any(1)
+    predicted[known] = probabilities_of(choice.held_out[known], head.slope, head.shift)
+    return predicted

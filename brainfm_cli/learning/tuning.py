@@ -30,9 +30,9 @@ EMBEDDING = "embedding"
 class TuningSettings(Frozen):
     """How prompts and head are fitted."""
 
-    epochs: int = Field(default=20, ge=0)
+    epochs: int = Field(default=10, ge=0)
     """Longest tuning of the prompts, passes over the people; how long is chosen on inner validation people."""
-    stops: int = Field(default=4, ge=1)
+    stops: int = Field(default=2, ge=1)
     """Number of evenly spaced lengths that are compared, beside not tuning at all."""
     batch_size: int = Field(default=128, ge=2)
     """Runs per step."""

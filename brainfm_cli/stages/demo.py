@@ -33,15 +33,15 @@ class DemoSettings(Settings):
 
     imaged: int = Field(default=12, ge=1)
     """People whose voxel images are simulated and parcellated."""
-    people: int = Field(default=740, ge=100)
+    people: int = Field(default=1200, ge=100)
     """People whose region series are simulated directly, from the same population."""
     disorder: str = "Arvel"
     """The disorder that half of the people have."""
     atlases: tuple[str, ...] = ("Schaefer100", "AAL116")
     """Parcellations."""
-    epochs: int = Field(default=8, ge=1)
+    epochs: int = Field(default=5, ge=1)
     """Epochs of pretraining."""
-    tuning_epochs: int = Field(default=6, ge=0)
+    tuning_epochs: int = Field(default=4, ge=0)
     """Longest tuning of the prompts."""
     seed: int = 1
     """Seed of everything random."""
@@ -60,7 +60,7 @@ def demo(call: Invocation, settings: DemoSettings) -> int:
             return code
     tune: Step = ["prompt-tune", out / "parcellate", out / "prompt-tune", "group", "--model", _only_model(out / "pretrain")]
     tune += ["--target", "diagnosis_binary", "--seed", str(settings.seed)]
-    tune += ["--set", "where.split=[discovery]", f"tuning.epochs={settings.tuning_epochs}", "tuning.stops=2"]
+    tune += ["--set", "where.split=[discovery]", f"tuning.epochs={settings.tuning_epochs}", "tuning.stops=1"]
     if code := _run(tune):
         return code
     apply: Step = ["--model", _only_model(out / "prompt-tune"), "--set", "where.split=[holdout]", "--datasets", f"truth={out / 'series'}"]

@@ -150,7 +150,7 @@ def write_prediction(cohort_dir: Path, model: Path, root: Path, participant: str
     loaded = _load(cohort_dir, model, device)
     record = loaded.record
     inputs = prepare_inputs(loaded.system, loaded.cohort, [participant], record.atlases)
-    pooled = forecast(loaded.system, inputs, loaded.atlases, [participant])[0]
+    pooled = forecast(loaded.system, inputs, loaded.atlases, [participant], weights=record.weights)[0]
     single = {label: forecast(loaded.system, {label: one}, loaded.atlases, [participant])[0] for label, one in inputs.items()}
     key = participant_hash(loaded.datasets[participant], participant)
     values: dict[str, Any] = {"participant": participant, "target": record.name, "kind": record.kind, "model": model.name}

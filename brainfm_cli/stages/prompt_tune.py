@@ -144,6 +144,7 @@ def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> Tar
         kind=target.kind,
         classes=target.classes,
         atlases=tuple(sorted(tuning.atlases)),
+        weights={label: round(weight, 6) for label, weight in sorted(tuning.weights.items())},
         threshold=threshold,
         people=len(target.participants),
         settings=settings.tuning.model_dump(mode="json"),

@@ -32,6 +32,7 @@ from brainfm_cli.learning.tuned import (
     read_held_out,
     read_seen,
     save_tuned,
+    stack_weights,
     tune,
     write_held_out,
 )
@@ -245,7 +246,7 @@ def test_labels_of_new_people_are_not_needed(
     fold = TrainingFold(target=target, inner=folds_of(target), repeat=1, fold=1, seed=3)
     predictor = TunedPredictor(prepared=lambda _: (system, inputs), settings=SETTINGS)
     found = check_forecast("tuned", predictor(fold, new), fold, new)
-    np.testing.assert_allclose(found.test, forecast(system, inputs, tuning.atlases, new))
+    np.testing.assert_allclose(found.test, forecast(system, inputs, tuning.atlases, new, weights=tuning.weights))
     np.testing.assert_allclose(found.train, tuning.held_out)
     assert any(name.startswith("Ten: share of") for name in found.choices)
     # other test people beside them change nothing
@@ -299,7 +300,7 @@ def test_an_applied_model_learns_nothing(
 ) -> None:
     new = list(cohort.participants.index[30:])
     held_out = dict(zip(target.participants[1:], tuning.held_out[1:], strict=True))
-    predictor = AppliedPredictor(system=system, inputs=inputs, atlases=tuning.atlases, held_out=held_out)
+    predictor = AppliedPredictor(system=system, inputs=inputs, atlases=tuning.atlases, weights=tuning.weights, held_out=held_out)
     fold = TrainingFold(target=target, inner=(), repeat=1, fold=1, seed=0)
     flipped = replace(fold, target=replace(target, observed=1 - target.observed))
     first, second = (check_forecast("applied", predictor(one, new), one, new) for one in (fold, flipped))
@@ -319,3 +320,33 @@ def test_whom_a_model_has_seen(tmp_path: Path) -> None:
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(CheckpointMismatchError, match="does not say whom it has seen"):
             read_seen(tmp_path)
+
+
+def test_atlases_are_weighed_by_what_they_say_of_held_out_people(target: Target, generator: np.random.Generator) -> None:
+    wanted = np.eye(2)[target.observed.astype(int)]
+    noise = generator.uniform(size=(len(wanted), 1))
+    rubbish = np.concatenate([1 - noise, noise], axis=1)
+    weights = stack_weights({"good": 0.4 * wanted + 0.3, "rubbish": rubbish}, target)
+    assert weights["good"] > 0.9
+    assert sum(weights.values()) == pytest.approx(1)
+    against = stack_weights({"against": 1 - wanted, "rubbish": np.full_like(wanted, 0.5)}, target)
+    assert against == {"against": 0.5, "rubbish": 0.5}  # nothing helps: equal, never negative
+    lacking = wanted.copy()
+    lacking[1:] = np.nan
+    assert stack_weights({"one": lacking, "other": np.where(np.isnan(lacking), wanted, np.nan)}, target) == {"one": 0.5, "other": 0.5}
+
+
+def test_weights_count_among_the_atlases_a_person_has(
+    system: BrainGraph, inputs: dict[str, AtlasInputs], cohort: Cohort, tuning: Tuning
+) -> None:
+    having = {label: set(one.participants) for label, one in inputs.items()}
+    first, second = inputs
+    both = sorted(having[first] & having[second])
+    only = sorted(having[first] ^ having[second])
+    alone = {label: forecast(system, {label: inputs[label]}, tuning.atlases, both) for label in inputs}
+    mixed = forecast(system, inputs, tuning.atlases, both, weights={first: 0.8, second: 0.2})
+    np.testing.assert_allclose(mixed, 0.8 * alone[first] + 0.2 * alone[second], atol=1e-7)
+    assert only  # the cohort has somebody with one atlas
+    label = first if only[0] in having[first] else second
+    zero = forecast(system, inputs, tuning.atlases, [only[0]], weights={first: 1.0, second: 1.0} | {label: 0.0})
+    np.testing.assert_allclose(zero, forecast(system, {label: inputs[label]}, tuning.atlases, [only[0]]), atol=1e-7)
