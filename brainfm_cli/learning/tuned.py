@@ -41,7 +41,7 @@ class TargetRecord(Frozen):
     """Class names by index; of two, the second is positive."""
     atlases: tuple[str, ...] = ()
     """Atlases with a prompt and a head."""
-    weights: dict[str, float] = {}
+    weights: dict[str, float]
     """Weight of each atlas in the prediction of a person who has them all; they add up to 1."""
     threshold: float | None = None
     """Probability of the positive class at which it is decided, chosen on held-out predictions of the people tuned on."""
@@ -126,7 +126,7 @@ def tune(
         held_out[label] = np.full((len(target.participants), num_classes or 1), np.nan)
         held_out[label][rows] = _held_out(tuned[label].choice, tuned[label].head)
     weights = stack_weights(held_out, target)
-    mean = _weighted(held_out, weights, len(target.participants))
+    mean = weighted_mean(held_out, weights, len(target.participants))
     return Tuning(atlases=tuned, weights=weights, held_out=mean if num_classes else mean[:, 0])
 
 
@@ -163,22 +163,28 @@ def forecast(
     InputDatasetError
         Somebody has none of the atlases.
     """
-    place = {name: row for row, name in enumerate(participants)}
-    predicted: dict[str, NDArray[np.float64]] = {}
-    for label, tuned in atlases.items():
-        if label not in inputs:
-            continue
-        scores = score_atlas(system, inputs[label], tuned)
-        predicted[label] = np.full((len(participants), scores.shape[1]), np.nan)
-        mine = [row for row, name in enumerate(inputs[label].participants) if name in place]
-        predicted[label][[place[inputs[label].participants[row]] for row in mine]] = scores[mine]
-    mean = _weighted(predicted, weights or dict.fromkeys(atlases, 1.0), len(participants))
+    predicted = forecast_by_atlas(system, inputs, atlases, participants)
+    mean = weighted_mean(predicted, weights or dict.fromkeys(atlases, 1.0), len(participants))
     if not len(mean) or np.isnan(mean).any():
         raise InputDatasetError("somebody has no series in an atlas that the model was tuned in", fix="parcellate with the model's atlases")
     return mean[:, 0] if mean.shape[1] == 1 else mean
 
 
-def _weighted(predicted: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float], people: int) -> NDArray[np.float64]:
+def forecast_by_atlas(
+    system: Tunable, inputs: Mapping[str, AtlasInputs], atlases: Mapping[str, Any], participants: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """(people, outputs) by atlas; NaN where a person lacks it."""
+    place = {name: row for row, name in enumerate(participants)}
+    predicted: dict[str, NDArray[np.float64]] = {}
+    for label in [label for label in atlases if label in inputs]:
+        scores = score_atlas(system, inputs[label], atlases[label])
+        predicted[label] = np.full((len(participants), scores.shape[1]), np.nan)
+        mine = [row for row, name in enumerate(inputs[label].participants) if name in place]
+        predicted[label][[place[inputs[label].participants[row]] for row in mine]] = scores[mine]
+    return predicted
+
+
+def weighted_mean(predicted: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float], people: int) -> NDArray[np.float64]:
     """(people, outputs) means over the atlases that each person has; NaN where a person has none."""
     if not predicted:
         return np.empty((0, people))

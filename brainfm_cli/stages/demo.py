@@ -60,7 +60,7 @@ def demo(call: Invocation, settings: DemoSettings) -> int:
             return code
     tune: Step = ["prompt-tune", out / "parcellate", out / "prompt-tune", "group", "--model", _only_model(out / "pretrain")]
     tune += ["--target", "diagnosis_binary", "--seed", str(settings.seed)]
-    tune += ["--set", "where.split=[discovery]", f"tuning.epochs={settings.tuning_epochs}", "tuning.stops=1"]
+    tune += ["--set", "coding.positive=case", "where.split=[discovery]", f"tuning.epochs={settings.tuning_epochs}", "tuning.stops=1"]
     if code := _run(tune):
         return code
     apply: Step = ["--model", _only_model(out / "prompt-tune"), "--set", "where.split=[holdout]", "--datasets", f"truth={out / 'series'}"]

@@ -18,7 +18,6 @@ from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
-from brainfm_cli.learning.comparison import Mode, Request, evaluate_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.evaluation import EvaluationSettings
 from brainfm_cli.learning.floors import FloorSettings
@@ -26,7 +25,7 @@ from brainfm_cli.learning.results import EvaluationResult, Truth
 from brainfm_cli.learning.samples import participant_hash, select_participants
 from brainfm_cli.learning.splits import DesignSettings
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
-from brainfm_cli.learning.tuned import TargetRecord, forecast, load_tuned, prepare_inputs, read_seen
+from brainfm_cli.learning.tuned import TargetRecord, forecast_by_atlas, load_tuned, prepare_inputs, read_seen, weighted_mean
 from brainfm_cli.reports.evaluation import evaluation_page
 from brainfm_cli.simulation.truth import attainable_features, attainable_score
 from brainfm_cli.systems import load_system
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from brainfm_cli.config import Execution, Invocation
+    from brainfm_cli.learning.comparison import Mode
     from brainfm_cli.learning.splits import Split
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.tuned import AtlasModel
@@ -118,6 +118,8 @@ def write_evaluation(
     truth: Path | None,
 ) -> UnitResult:
     """Evaluate on ``people`` and write metrics, predictions, phenotype table and report."""
+    from brainfm_cli.learning.comparison import Request, evaluate_model  # brings lightning, which applying does not need
+
     cohort, record = Cohort.open(cohort_dir), _record(model)
     mode, target = _plan(model, record, cohort, people, settings)
     system = load_system(model)
@@ -150,12 +152,12 @@ def write_prediction(cohort_dir: Path, model: Path, root: Path, participant: str
     loaded = _load(cohort_dir, model, device)
     record = loaded.record
     inputs = prepare_inputs(loaded.system, loaded.cohort, [participant], record.atlases)
-    pooled = forecast(loaded.system, inputs, loaded.atlases, [participant], weights=record.weights)[0]
-    single = {label: forecast(loaded.system, {label: one}, loaded.atlases, [participant])[0] for label, one in inputs.items()}
+    single = forecast_by_atlas(loaded.system, inputs, loaded.atlases, [participant])
+    pooled = weighted_mean(single, record.weights, 1)[0]
     key = participant_hash(loaded.datasets[participant], participant)
     values: dict[str, Any] = {"participant": participant, "target": record.name, "kind": record.kind, "model": model.name}
     if record.kind == "continuous":
-        values |= {"value": round(float(pooled), 6), "atlases": {label: round(float(one), 6) for label, one in single.items()}}
+        values |= {"value": round(float(pooled[0]), 6), "atlases": {label: round(float(one[0, 0]), 6) for label, one in single.items()}}
     else:
         decided = record.classes[int(pooled.argmax())]
         if record.threshold is not None:
@@ -165,7 +167,7 @@ def write_prediction(cohort_dir: Path, model: Path, root: Path, participant: str
             "probabilities": {name: round(float(value), 6) for name, value in zip(record.classes, pooled, strict=True)},
             "decided": decided,
             "threshold": record.threshold,
-            "atlases": {label: round(float(one[1] if record.kind == "binary" else one.max()), 6) for label, one in single.items()},
+            "atlases": {label: round(float(one[0, 1] if record.kind == "binary" else one.max()), 6) for label, one in single.items()},
         }
     values["seen_in"] = [name for name, hashes in loaded.seen.items() if key in hashes]
     notes = (
