@@ -71,7 +71,7 @@ def one(seed: int, *, model: Path, people: int, atlas: str) -> dict[str, float]:
         sides = {side: [name for name in target.participants if table.loc[name, "split"] == side] for side in ("discovery", "holdout")}
         split = fixed_split(target, train=sides["discovery"], test=sides["holdout"], why="holdout")
         inputs = prepare_inputs(system, cohort, target.participants, sorted(cohort.atlases))
-        predictor = TunedPredictor(prepared=lambda _fold: (system, inputs), settings=TuningSettings(epochs=4, stops=2))
+        predictor = TunedPredictor(prepared=lambda _fold: (system, inputs), settings=TuningSettings(epochs=2, stops=1))
         settings = EvaluationSettings(bootstraps=100, interval="percentile", permutations=999, groups=())
         result = evaluate(target, split, {"model": predictor}, Context(table=table, models=("model",)), settings)
     found = result.metrics.of("model")

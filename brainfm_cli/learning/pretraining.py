@@ -28,11 +28,11 @@ from brainfm_cli.learning.samples import (
     Windows,
     hold_out,
     list_scans,
-    participant_hash,
     plan_epoch,
     shard,
     whole_scans,
 )
+from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.provenance import package_versions
 
 _NORMALISATION_BATCH = 16

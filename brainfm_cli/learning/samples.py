@@ -276,12 +276,6 @@ def whole_scans(cohort: Cohort, scans: Sequence[Scan], atlas: str) -> Windows:
     return pad_windows([cohort.series(scan.rows[atlas]) for scan in scans], atlas, [scan.repetition_time_s for scan in scans])
 
 
-def participant_hash(dataset: str, participant: str) -> str:
-    """SHA-256 of ``dataset+participant``, by which a model remembers whom it has seen."""
-    key = participant if participant.startswith(f"{dataset}+") else f"{dataset}+{participant}"
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
 def _plain(value: object) -> str:
     # YAML and TSV disagree about 1, 1.0 and "1"
     if isinstance(value, float) and value.is_integer():

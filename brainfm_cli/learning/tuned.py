@@ -22,7 +22,7 @@ from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError
 from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
 from brainfm_cli.learning.forecasts import Forecast, TrainingFold
 from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, probabilities_of
-from brainfm_cli.learning.samples import participant_hash
+from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.targets import Target
 from brainfm_cli.learning.tuning import AtlasInputs, Tunable, TunedAtlas, TuningSettings, prepare, score_atlas, tune_atlas
 

@@ -22,8 +22,8 @@ from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.evaluation import EvaluationSettings
 from brainfm_cli.learning.floors import FloorSettings
 from brainfm_cli.learning.results import EvaluationResult, Truth
-from brainfm_cli.learning.samples import participant_hash, select_participants
-from brainfm_cli.learning.splits import DesignSettings
+from brainfm_cli.learning.samples import select_participants
+from brainfm_cli.learning.splits import DesignSettings, participant_hash
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
 from brainfm_cli.learning.tuned import TargetRecord, forecast_by_atlas, load_tuned, prepare_inputs, read_seen, weighted_mean
 from brainfm_cli.reports.evaluation import evaluation_page

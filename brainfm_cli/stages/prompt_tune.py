@@ -19,9 +19,9 @@ from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputNotFoundError, InternalError, UsageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
-from brainfm_cli.learning.samples import participant_hash, select_participants
+from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.scores import best_threshold
-from brainfm_cli.learning.splits import inner_folds, people_groups
+from brainfm_cli.learning.splits import inner_folds, participant_hash, people_groups
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
 from brainfm_cli.learning.tuned import TargetRecord, prepare_inputs, save_tuned, tune, write_held_out
 from brainfm_cli.learning.tuning import TuningSettings

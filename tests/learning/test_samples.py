@@ -20,12 +20,12 @@ from brainfm_cli.learning.samples import (
     hold_out,
     list_scans,
     pad_windows,
-    participant_hash,
     plan_epoch,
     select_participants,
     shard,
     whole_scans,
 )
+from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.records import RegionTable
 
 PEOPLE = [f"one+{place:02d}" for place in range(7)] + [f"two+{place:02d}" for place in range(5)]
