@@ -72,6 +72,7 @@ provenance.json
 cohort
 group_qc.*
 metrics.json
+predictions.tsv
 truth.json
 disorders.tsv
 planted.tsv

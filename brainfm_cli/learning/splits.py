@@ -215,7 +215,7 @@ def inner_folds(
         if target.kind != "continuous" and len(np.unique(labels[train])) < len(target.classes):
             raise InputDatasetError(
                 f"a class of '{target.name}' is in one group only: no inner fold can learn it",
-                fix="leave the class out (target.classes), or check the group column",
+                fix="leave the class out (coding.classes), or check the group column",
             )
     return pairs
 
@@ -314,7 +314,7 @@ def _cross_validation(target: Target, groups: Mapping[str, str], design: DesignS
         if len(members) < design.folds:
             raise InputDatasetError(
                 f"class '{name}' of '{target.name}' has {len(members)} people or groups, fewer than {design.folds} folds",
-                fix="use fewer folds (--set design.folds=N), or leave the class out (target.classes)",
+                fix="use fewer folds (--set design.folds=N), or leave the class out (coding.classes)",
             )
     largest = max(pd.Series(list(groups.values())).value_counts())
     if largest > len(names) / design.folds and largest > 1:

@@ -212,7 +212,7 @@ def _is_categorical(
         raise InputDatasetError(
             f"'{column}' holds {distinct} whole numbers ({codes}{', …' if distinct > 6 else ''}) that may be class codes or measurements, and nobody declares which",
             where=place,
-            fix="declare it: --set target.type=continuous, or --set target.type=categorical --set target.positive=CODE, or 'Levels'/'Units' in participants.json",
+            fix="declare it: --set coding.type=continuous, or --set coding.type=categorical --set coding.positive=CODE, or 'Levels'/'Units' in participants.json",
         )  # fmt: skip
     notes.append(f"'{column}' holds {distinct} different whole numbers and was read as continuous")
     return False
@@ -233,19 +233,19 @@ def _categorical(
     if settings.classes:
         absent = [name for name in settings.classes if name not in found]
         if absent:
-            raise SettingsError(f"nobody has '{column}' = {', '.join(absent)}; it has: {', '.join(found[:20])}", where=place, fix="mend target.classes")  # fmt: skip
+            raise SettingsError(f"nobody has '{column}' = {', '.join(absent)}; it has: {', '.join(found[:20])}", where=place, fix="mend coding.classes")  # fmt: skip
         kept = names.isin(settings.classes)
         if not kept.all():
-            dropped["of a class that target.classes leaves out"] = int((~kept).sum())
+            dropped["of a class that coding.classes leaves out"] = int((~kept).sum())
         names, found = names[kept], list(settings.classes)
     if len(found) == 1:
         raise InputDatasetError(f"everybody has '{column}' = {found[0]}: one class cannot be predicted", where=place, fix="choose another --target or other participants")  # fmt: skip
     if len(found) > max(2, len(names) // 2):
-        raise InputDatasetError(f"'{column}' has {len(found)} classes for {len(names)} people", where=place, fix="choose a column with several people per class, or --set target.type=continuous")  # fmt: skip
+        raise InputDatasetError(f"'{column}' has {len(found)} classes for {len(names)} people", where=place, fix="choose a column with several people per class, or --set coding.type=continuous")  # fmt: skip
     if len(found) == 2:
         found = _ordered(found, settings, declared, levels, column, place, notes)
     elif settings.positive is not None:
-        raise SettingsError(f"target.positive is set, but '{column}' has {len(found)} classes", where=place, fix="leave target.positive out, or name two target.classes")  # fmt: skip
+        raise SettingsError(f"coding.positive is set, but '{column}' has {len(found)} classes", where=place, fix="leave coding.positive out, or name two coding.classes")  # fmt: skip
     if levels:
         shown = ", ".join(f"{name} = {_level_text(levels[name])}" for name in found if name in levels)
         notes.append(f"coding of '{column}' (participants.json): {shown or 'none of the classes found'}")
@@ -278,11 +278,11 @@ def _ordered(
             raise InputDatasetError(
                 f"'{column}' is coded {found[0]}/{found[1]} and nobody declares which code is the positive class",
                 where=place,
-                fix=f"declare it: --set target.positive={found[1]}, or 'PositiveClass' in participants.json",
+                fix=f"declare it: --set coding.positive={found[1]}, or 'PositiveClass' in participants.json",
             )
-        notes.append(f"no positive class of '{column}' is declared; '{positive}' was taken (--set target.positive=… changes it)")
+        notes.append(f"no positive class of '{column}' is declared; '{positive}' was taken (--set coding.positive=… changes it)")
     if positive not in found:
-        raise SettingsError(f"the positive class '{positive}' does not occur in '{column}'; it has: {', '.join(found)}", where=place, fix="mend target.positive")  # fmt: skip
+        raise SettingsError(f"the positive class '{positive}' does not occur in '{column}'; it has: {', '.join(found)}", where=place, fix="mend coding.positive")  # fmt: skip
     return [name for name in found if name != positive] + [positive]
 
 
