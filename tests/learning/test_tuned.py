@@ -142,7 +142,7 @@ def test_what_is_saved_predicts_the_same(
     np.testing.assert_allclose(expected.sum(1), 1)
     paths = save_tuned(tmp_path, tuning.atlases)
     assert [path.name for path in paths] == ["prompts.safetensors", "head.safetensors"]
-    record = TargetRecord(name="group", kind="binary", classes=target.classes, atlases=("Eight", "Ten"))
+    record = TargetRecord(name="group", kind="binary", classes=target.classes, atlases=("Eight", "Ten"), weights=tuning.weights)
     loaded = load_tuned(tmp_path, record)
     np.testing.assert_array_equal(forecast(system, inputs, loaded, everybody), expected)
     new = expected[30:, 1]
@@ -152,7 +152,7 @@ def test_what_is_saved_predicts_the_same(
 
 def test_damaged_heads_are_named(tuning: Tuning, target: Target, tmp_path: Path) -> None:
     save_tuned(tmp_path, tuning.atlases)
-    record = TargetRecord(name="group", kind="binary", classes=target.classes, atlases=("Eight", "Ten"))
+    record = TargetRecord(name="group", kind="binary", classes=target.classes, atlases=("Eight", "Ten"), weights=tuning.weights)
     with pytest.raises(CheckpointMismatchError, match="head of atlas Other is incomplete"):
         load_tuned(tmp_path, record.model_copy(update={"atlases": ("Other",)}))
     tensors = read_tensors(tmp_path / "head.safetensors")
