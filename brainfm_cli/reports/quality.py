@@ -342,10 +342,11 @@ def _boxes(groups: Mapping[str, NDArray[np.float64]], *, label: str, caption: st
             values, height + spread.uniform(-0.25, 0.25, len(values)), ".", color=BLUE, markersize=size, alpha=alpha, markeredgewidth=0
         )
     many = {height: values for height, values in zip(heights, groups.values(), strict=True) if len(values) >= _FEWEST_FOR_BOX}
-    axis.boxplot(
-        list(many.values()), positions=list(many), orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False,
-        medianprops={"color": ORANGE},
-    )  # fmt: skip
+    if many:  # matplotlib takes no boxes for one box without a place
+        axis.boxplot(
+            list(many.values()), positions=list(many), orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False,
+            medianprops={"color": ORANGE},
+        )  # fmt: skip
     names = [f"{shortened(name, 32)} ({len(values)})" for name, values in groups.items()]
     axis.set_yticks(heights)
     axis.set_yticklabels(names, fontsize=8, parse_math=False)  # names come from the dataset: a dollar sign is no formula

@@ -151,3 +151,11 @@ def test_chance_is_what_unrelated_numbers_give(generator):
         sizes = np.abs([np.corrcoef(a, b)[0, 1] for a, b in zip(left[:4000], right[:4000], strict=True)])
         assert chance_motion(runs) == pytest.approx(np.median(sizes), rel=0.05)
     assert np.isnan(chance_motion(9))
+
+
+def test_few_people_are_drawn_without_boxes(packed):
+    cohort, coverage, *_ = packed
+    few = {key: value for key, value in coverage.items() if key[0] in {"p00", "p01"}}
+    assessment = assess(cohort, few)
+    assert assessment.table["mean_coverage"].notna().sum() == 2
+    assert parse(quality_page(assessment, title="t", notes=(), methods="").render())
