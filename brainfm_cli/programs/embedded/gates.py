@@ -1,0 +1,96 @@
+"""Gates: measures of a result with the limits that it must keep. What fails is not published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from brainfm_cli.programs.embedded.brain import volume_ml
+from brainfm_cli.programs.embedded.grids import on_grid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from brainfm_cli.programs.embedded.settings import EmbeddedSettings
+    from brainfm_cli.programs.embedded.template import TemplateImages
+
+MIN_TEMPLATE_DICE = 0.8
+_MIN_FILLED = 0.7  # of the mask where the image has signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One measure and its limits."""
+
+    name: str
+    """As in the quality table where it is there, e.g. brain_ml."""
+    value: float
+    """What was measured."""
+    low: float
+    """Least value that passes."""
+    high: float = float("inf")
+    """Largest value that passes."""
+    unit: str = ""
+    """Unit of the value."""
+    meaning: str = ""
+    """What is measured, in words."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within its limits; NaN is not."""
+        return bool(self.low <= self.value <= self.high)
+
+    @property
+    def sentence(self) -> str:
+        """The measure and its limits in words."""
+        limit = f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:g}"
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.meaning or self.name} is {self.value:.3g}{unit} and must be {limit}{unit}"
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values, for JSON and tables."""
+        high = None if self.high == float("inf") else self.high
+        return {
+            "name": self.name,
+            "meaning": self.meaning,
+            "value": self.value,
+            "low": self.low,
+            "high": high,
+            "unit": self.unit,
+            "passed": self.passed,
+        }
+
+
+def check_brain(mask: NDArray[np.bool_], image: NDArray[np.float32], affine: NDArray[np.float64], settings: EmbeddedSettings) -> Gate:
+    """The gate of a brain mask: its volume, or the share of it that shows signal where that is too small."""
+    low, high = settings.brain_ml
+    volume = Gate(name="brain_ml", value=volume_ml(mask, affine), low=low, high=high, unit="ml", meaning="volume of the brain mask")
+    if not volume.passed:
+        return volume
+    filled = float((image[mask] > 0.1 * np.percentile(image, 98)).mean())
+    signal = Gate(name="mask_signal", value=filled, low=_MIN_FILLED, meaning="share of the brain mask that shows signal")
+    return volume if signal.passed else signal
+
+
+def template_gates(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64], template: TemplateImages, settings: EmbeddedSettings
+) -> list[Gate]:
+    """Likeness of a structural image on the template's grid to the template."""
+    inside = on_grid(template.mask, template.affine, image.shape, affine) > 0.5
+    model = on_grid(template.brain, template.affine, image.shape, affine)
+    both = inside & mask
+    enough = both.sum() > 100 and image[both].std() > 0
+    # Of contrasts other than T1w dark and bright change places: what counts is how well one tells the other.
+    likeness = abs(float(np.corrcoef(image[both], model[both])[0, 1])) if enough else 0.0
+    return [
+        Gate(name="template_correlation", value=likeness, low=settings.min_template_correlation, meaning="correlation with the template inside the brain"),
+        Gate(name="template_dice", value=dice(mask, inside), low=MIN_TEMPLATE_DICE, meaning="overlap (Dice) of the brain mask with the template's"),
+    ]  # fmt: skip
+
+
+def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Overlap of two masks, 0 to 1; NaN where both are empty."""
+    total = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / total if total else float("nan")

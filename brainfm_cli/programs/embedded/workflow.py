@@ -1,0 +1,245 @@
+"""The embedded engine: one participant's raw images to derivatives with fMRIPrep's names, in one resumable nipype workflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from brainfm_cli.errors import InputNotFoundError
+from brainfm_cli.programs.embedded import anatomical, functional, itk, sampling
+from brainfm_cli.programs.embedded.outputs import Publisher
+from brainfm_cli.programs.embedded.template import find_template
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nipype import Node, Workflow
+
+    from brainfm_cli.bids.raw import Modality, RawImage, RawParticipant, RawRun
+    from brainfm_cli.programs.embedded.settings import EmbeddedSettings
+    from brainfm_cli.programs.embedded.template import Template
+
+Results = dict[str, dict[str, Any]]
+_REFERENCES: tuple[Modality, ...] = ("T1w", "contrast T1w", "T2w", "FLAIR", "dwi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedResult:
+    """What came out of one participant."""
+
+    outputs: tuple[Path, ...]
+    """Files in the dataset, sorted."""
+    notes: tuple[str, ...]
+    """What a reader of the results must know."""
+    gates: dict[str, tuple[dict[str, Any], ...]]
+    """Measures with their limits, by what they are about: ``anat``, or the name of a run."""
+    measures: dict[str, dict[str, float]]
+    """By run, for the group's quality table."""
+    facts: dict[str, Any]
+    """What was done, for the methods paragraph: reference modality, extraction method, template source and the like."""
+
+
+def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings: EmbeddedSettings, *, nthreads: int) -> EmbeddedResult:
+    """Preprocess one participant; a killed call goes on where it was when it is made again with the same ``work``.
+
+    Parameters
+    ----------
+    out
+        Root of the output dataset.
+    work
+        Folder of this participant's own, kept between calls.
+    nthreads
+        Threads of registration and resampling; results are bit-identical between repeats at one.
+
+    Raises
+    ------
+    BrainFMError
+        Something needed is missing, cannot be read, or the result does not pass a gate; then nothing is published.
+    """
+    from threadpoolctl import threadpool_limits
+
+    itk.prepare(nthreads, settings.seed)
+    template = find_template()
+    reference = choose_reference(raw, settings)
+    work.mkdir(parents=True, exist_ok=True)
+    with threadpool_limits(nthreads):
+        results = _run(build_workflow(raw, reference, work, template, settings, threads=nthreads))
+    publisher = Publisher(raw=raw, reference=reference, out=out, template=template, settings=settings)
+    publisher.publish_anatomy(results)
+    for number, image in enumerate(others(raw, reference)):
+        publisher.publish_other(image, results[f"align{number}"], results[f"move{number}"]["out"])
+    runs = () if settings.anat_only else raw.bold
+    for number, run in enumerate(runs):
+        publisher.publish_run(run, results, number)
+    gates = {"anat": tuple(results["resample"]["gates"])}
+    gates |= {run.key.name: (results[f"sample{number}"]["gate"],) for number, run in enumerate(runs)}
+    likeness = {gate["name"]: round(gate["value"], 4) for gate in gates["anat"]}
+    return EmbeddedResult(
+        outputs=tuple(sorted(publisher.written)),
+        notes=tuple(_notes(raw, reference, results, settings)),
+        gates=gates,
+        measures={run.key.name: dict(likeness) for run in runs},
+        facts={
+            "reference": reference[0].modality,
+            "averaged": len(reference),
+            "method": results["extract"]["method"],
+            "template": template.name,
+            "template_source": template.source,
+            "slice_timing": any(results[f"slicetiming{number}"]["moment_s"] is not None for number in range(len(runs))),
+        },
+    )
+
+
+def choose_reference(raw: RawParticipant, settings: EmbeddedSettings) -> tuple[RawImage, ...]:
+    """The images whose space everything is brought into: the T1w images, or else the first modality that is there.
+
+    Raises
+    ------
+    InputNotFoundError
+        There is no structural image, or only others than T1w and BOLD runs are to be preprocessed.
+    """
+    where = raw.root / f"sub-{raw.label}"
+    if not settings.anat_only and not raw.t1w:
+        raise InputNotFoundError("there is no T1w image", where=where, fix="preprocess structural images of any kind with --anat-only")
+    if not settings.anat_only and not raw.bold:
+        raise InputNotFoundError("there is no BOLD run", where=where, fix="preprocess structural images only with --anat-only")
+    for modality in _REFERENCES:
+        if found := raw.of(modality):
+            # Averages are of one session: between sessions brains change.
+            alike = tuple(image for image in found if image.session == found[0].session)
+            return alike if modality == "T1w" else alike[:1]
+    raise InputNotFoundError("there is no structural image", where=where, fix="leave this participant out")
+
+
+def build_workflow(
+    raw: RawParticipant, reference: tuple[RawImage, ...], work: Path, template: Template, settings: EmbeddedSettings, *, threads: int
+) -> Workflow:
+    """The nodes of one participant: a structural chain, other sequences, and a chain for each run."""
+    from brainfm_cli.programs.embedded.steps import empty_workflow
+
+    workflow = empty_workflow("embedded", work)
+    for_steps = settings.model_copy(update={"anat_only": False})  # no step depends on it: anatomy alone serves the rest later
+    anatomy = _add_anatomy(workflow, reference, template, for_steps)
+    for number, image in enumerate(others(raw, reference)):
+        _add_other(workflow, number, image, anatomy, for_steps)
+    if not settings.anat_only:
+        for number, run in enumerate(raw.bold):
+            _add_run(workflow, number, run, anatomy, for_steps, threads)
+    return workflow
+
+
+def others(raw: RawParticipant, reference: tuple[RawImage, ...]) -> tuple[RawImage, ...]:
+    """Structural and diffusion images beside the reference."""
+    return tuple(image for image in raw.images if image not in reference)
+
+
+def _add_anatomy(workflow: Workflow, reference: tuple[RawImage, ...], template: Template, settings: EmbeddedSettings) -> dict[str, Node]:
+    from brainfm_cli.programs.embedded.steps import node
+
+    images = [str(image.path) for image in reference]
+    conform = node(anatomical.conform, name="conform", images=images, seed=settings.seed)
+    unbias_head = node(anatomical.unbias, name="unbias_head", mask=None)
+    extract = node(
+        anatomical.extract, name="extract", outputs=("mask", "method"),
+        modality=reference[0].modality, template=template, settings=settings,
+    )  # fmt: skip
+    unbias = node(anatomical.unbias, name="unbias")
+    classify = node(anatomical.classify, name="classify", outputs=("probabilities", "classes"))
+    normalise = node(anatomical.normalise, name="normalise", outputs=("forward", "inverse"), template=template, settings=settings)
+    resample = node(anatomical.resample, name="resample", outputs=("images", "gates"), template=template, settings=settings)
+    workflow.connect(
+        [
+            (conform, unbias_head, [("out", "image")]),
+            (unbias_head, extract, [("out", "image")]),
+            (conform, unbias, [("out", "image")]),
+            (extract, unbias, [("mask", "mask")]),
+            *((unbias, later, [("out", "image")]) for later in (classify, normalise, resample)),
+            *((extract, later, [("mask", "mask")]) for later in (classify, normalise, resample)),
+            (classify, resample, [("probabilities", "probabilities"), ("classes", "classes")]),
+            (normalise, resample, [("forward", "forward")]),
+        ]
+    )
+    return {"unbias": unbias, "extract": extract, "classify": classify, "normalise": normalise, "resample": resample}
+
+
+def _add_other(workflow: Workflow, number: int, image: RawImage, anatomy: Mapping[str, Node], settings: EmbeddedSettings) -> None:
+    from brainfm_cli.programs.embedded.steps import node
+
+    align = node(anatomical.align_other, name=f"align{number}", outputs=("image", "transform"), image=str(image.path), seed=settings.seed)
+    move = node(anatomical.move_other, name=f"move{number}", settings=settings)
+    workflow.connect(
+        [
+            (anatomy["unbias"], align, [("out", "reference")]),
+            (anatomy["extract"], align, [("mask", "mask")]),
+            (align, move, [("image", "image")]),
+            (anatomy["normalise"], move, [("forward", "forward")]),
+            (anatomy["resample"], move, [("gates", "gates")]),  # nothing is moved onto a template that does not fit
+        ]
+    )
+
+
+def _add_run(workflow: Workflow, number: int, run: RawRun, anatomy: Mapping[str, Node], settings: EmbeddedSettings, threads: int) -> None:
+    from brainfm_cli.programs.embedded.steps import node
+
+    times = run.slice_timing_s if settings.slice_timing else None
+    direction = str(run.metadata.get("SliceEncodingDirection", "k"))
+    store = node(functional.store, name=f"store{number}", bold=str(run.path), repetition_time_s=run.repetition_time_s)
+    align = node(functional.align_frames, name=f"realign{number}", outputs=("boldref", "motion"), threads=threads)
+    timed = node(
+        functional.time_slices, name=f"slicetiming{number}", outputs=("about", "moment_s"),
+        times_s=list(times) if times else None, direction=direction,
+    )  # fmt: skip
+    coregister = node(functional.coregister, name=f"coregister{number}", outputs=("transform", "information"), settings=settings)
+    masks = node(functional.native_masks, name=f"masks{number}", outputs=("masks", "fractions"))
+    sample = node(sampling.resample_run, name=f"sample{number}", outputs=("files", "gate"), settings=settings, threads=threads)
+    confounds = node(functional.tabulate, name=f"confounds{number}", outputs=("table", "description"))
+    workflow.connect(
+        [
+            (store, align, [("out", "about")]),
+            (store, timed, [("out", "about")]),
+            (align, coregister, [("boldref", "boldref")]),
+            (anatomy["unbias"], coregister, [("out", "t1w")]),
+            (anatomy["extract"], coregister, [("mask", "mask")]),
+            (align, masks, [("boldref", "boldref")]),
+            (coregister, masks, [("transform", "coreg")]),
+            (anatomy["extract"], masks, [("mask", "mask")]),
+            (anatomy["classify"], masks, [("probabilities", "probabilities")]),
+            (timed, sample, [("about", "about")]),
+            (align, sample, [("motion", "motion")]),
+            (coregister, sample, [("transform", "coreg")]),
+            (masks, sample, [("masks", "masks")]),
+            (anatomy["normalise"], sample, [("forward", "forward")]),
+            (anatomy["resample"], sample, [(("images", functional.mask_of), "brain")]),
+            (timed, confounds, [("about", "about")]),
+            (sample, confounds, [(("files", functional.native_of), "native")]),
+            (masks, confounds, [("masks", "masks")]),
+            (align, confounds, [("boldref", "boldref"), ("motion", "motion")]),
+        ]
+    )
+
+
+def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Results, settings: EmbeddedSettings) -> list[str]:
+    notes = []
+    if results["extract"]["method"] != "deepbet":
+        notes.append(f"the brain mask was found by another way than deepbet: {results['extract']['method']}")
+    if len({image.session for image in raw.t1w}) > 1:
+        notes.append(f"T1w images of {len(raw.sessions)} sessions are there; those of session {reference[0].session} are the reference")
+    if settings.anat_only:
+        return notes
+    if raw.fieldmaps:
+        notes.append(f"{len(raw.fieldmaps)} fieldmap images were not used: the embedded engine does not correct distortion")
+    for number, run in enumerate(raw.bold):
+        fractions = results[f"masks{number}"]["fractions"]
+        if run.echoes:
+            notes.append(f"{run.key.name}: {len(run.echoes)} echoes are there, the first was used")
+        for tissue, fraction in fractions.items():
+            if fraction < 0.95:
+                notes.append(f"{run.key.name}: voxels count as {tissue} where {fraction:.0%} of them are, because fewer are purer")
+    return notes
+
+
+def _run(workflow: Workflow) -> Results:
+    """Run what is not done yet; outputs of every node by its name."""
+    finished = workflow.run(plugin="Linear")
+    return {node.name: node.result.outputs.get() for node in finished.nodes()}
