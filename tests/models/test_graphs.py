@@ -225,6 +225,18 @@ def test_nothing_of_a_hidden_region_is_left() -> None:
     assert torch.equal(first.adjacency[2], graphs.adjacency[2])
 
 
+def test_series_of_hidden_regions_reach_nothing_where_edges_are_thresholded() -> None:
+    """From the series on. Not so for top-k and knn, whose visible edges compete with hidden ones before these are removed."""
+    series, other = series_of(), series_of()
+    hidden = torch.zeros(3, REGIONS, dtype=torch.bool)
+    hidden[:, [2, 5]] = True
+    other[:, :, [2, 5]] = torch.randn(3, 40, 2, generator=torch.Generator().manual_seed(8))
+    first, second = (hide_nodes(graphs_of(one, "threshold"), hidden) for one in (series, other))
+    torch.testing.assert_close(first.features, second.features)
+    assert torch.equal(first.adjacency, second.adjacency)
+    assert first.adjacency.any()
+
+
 def test_hidden_regions_are_the_share_asked_for_of_present_ones_with_the_lowest_scores() -> None:
     present = torch.ones(200, 20, dtype=torch.bool)
     present[::2, 10:] = False
