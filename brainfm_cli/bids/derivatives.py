@@ -101,6 +101,13 @@ def write_text(path: Path, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
+def write_once(path: Path, text: str) -> Path:
+    """Write UTF-8 text unless the file holds it already; gives back the path."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    return write_text(path, text)
+
+
 def write_json(path: Path, values: object) -> Path:
     """Write JSON atomically, keys in the order given; NaN is refused (JSON has none)."""
     return write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,7 +15,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from brainfm_cli.bids.derivatives import write_text
+from brainfm_cli.bids.derivatives import write_once
 from brainfm_cli.config import Invocation, Settings
 from brainfm_cli.errors import EXIT_OK, InternalError
 
@@ -53,7 +53,7 @@ def demo(call: Invocation, settings: DemoSettings) -> int:
     Killed and started again, it goes on: each command skips what is current.
     """
     out, started = call.output_dir, time.monotonic()
-    labels = write_text(out / "labels.yaml", yaml.safe_dump({"labels": _label_table()}, sort_keys=False))
+    labels = write_once(out / "labels.yaml", yaml.safe_dump({"labels": _label_table()}, sort_keys=False))
     nprocs: Step = ["--nprocs", str(call.execution.nprocs)]
     for step in _first_steps(out, labels, settings, nprocs):
         if code := _run(step):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from brainfm_cli.atlases.catalogue import find_atlas
 from brainfm_cli.bids.cohort import CohortAtlas, CohortWriter
-from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text, write_tsv
+from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_once, write_tsv
 from brainfm_cli.bids.images import sidecar, write_image, write_series
 from brainfm_cli.bids.names import BIDSIGNORE, OUTPUTS, output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
@@ -100,7 +100,7 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
         return 0
     dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings)
     if settings.level == "series":  # the validator wants a folder for each person of participants.tsv, and there is none
-        write_text(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\n")
+        write_once(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\n")
     units = _units(dataset.root, settings, dict(call.datasets))
     return run_units(dataset, units, call.execution)
 
