@@ -224,6 +224,26 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path, accumulate: int, steps:
     assert not torch.equal(result.weights["0.weight"], Toy().module[0].weight)
 
 
+@dataclass
+class Drawing(Toy):
+    """Notes the first random number of every training batch, as dropout would meet it."""
+
+    def losses(self, batch: Batch, *, epoch: float) -> dict[str, Tensor]:
+        if self.module.training:
+            self.draws = [*getattr(self, "draws", []), float(torch.rand(()))]
+        return super().losses(batch, epoch=epoch)
+
+
+def test_dropout_is_another_in_every_batch_and_for_every_seed(tmp_path: Path) -> None:
+    draws = {}
+    for name, seed in (("first", 7), ("again", 7), ("other", 8)):
+        toy = Drawing()
+        run(tmp_path / name, toy, replace(PLAN, seed=seed))
+        draws[name] = toy.draws
+    assert draws["first"] == draws["again"]
+    assert len({*draws["first"], *draws["other"]}) == 30
+
+
 def test_learning_rate_is_the_closed_form(tmp_path: Path) -> None:
     plan = replace(PLAN, epochs=4, optimiser=replace_settings(warmup_epochs=1.5))
     rates = run(tmp_path, plan=plan).log.curve("train", "learning_rate")[1]
