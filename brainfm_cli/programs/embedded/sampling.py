@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 2  # voxels around the brain mask that are written too
 _SEEN = 0.9  # of the frames in which a voxel must lie inside the field of view
-_INTEGER_RANGE = (200.0, 32_000.0)  # where integers hold a series without loss that matters
+_INTEGER_RANGE = (1000.0, 32_000.0)  # where integers hold a series without loss that matters
 
 
 def resample_run(
