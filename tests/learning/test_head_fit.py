@@ -215,7 +215,9 @@ def test_random_labels_predict_nobody_new() -> None:
         outcome, blocks = binary(rng), blocks_of(rng)
         learnt = outcome.take(train)
         part = {name: values[train] for name, values in blocks.items()}
-        head = fit(part, learnt, choose(part, [], learnt, folds_of(learnt.values)))
+        choice = choose(part, [], learnt, folds_of(learnt.values))
+        assert all(component.scale >= 0 for component in choice.components)
+        head = fit(part, learnt, choice)
         new = {name: values[test] for name, values in blocks.items()}
         signs = 2 * outcome.values[test] - 1
         scores.append(float(np.mean(np.sign(head.scores(new)[:, 0] - np.median(head.scores(new))) * signs)))

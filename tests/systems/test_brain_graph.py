@@ -215,6 +215,14 @@ def test_the_cross_atlas_term_is_where_the_plan_asks_for_it(system: BrainGraph) 
     assert off.cross_atlas_probability == 0
 
 
+def test_scans_without_the_other_atlas_take_no_part(system: BrainGraph) -> None:
+    vectors, valid = system._other_atlas(batch_of(), torch.zeros(6, system.model.contrast.layers[-1].out_features))
+    assert valid.tolist() == [True, False, True, True, False, False]
+    expected = system.model.contrast(system.model.encode(system.graphs(windows_of("Twelve", items=3))).readout)
+    torch.testing.assert_close(vectors[valid], expected)
+    assert not vectors[~valid].any()
+
+
 def test_masks_depend_on_the_scan_not_on_its_batch(system: BrainGraph) -> None:
     """The node loss of two half batches, both equally masked, averages to that of the whole."""
     whole = batch_of(crossed=False)
