@@ -14,7 +14,7 @@ from pydantic import Field
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError, SettingsError
 from brainfm_cli.learning import audit, uncertainty
-from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold, check_forecast
+from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold, check_forecast, renamed
 from brainfm_cli.learning.results import Difference, EvaluationResult, GroupScores, Metrics, Pooled, PredictorResult, Truth
 from brainfm_cli.learning.scores import METRICS, PRIMARY, Score, best_threshold, score, statistic
 from brainfm_cli.learning.splits import Fold, Split, inner_folds, refuse_pretrained
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.learning.kernels import Kernel
+
+    Part = tuple[Fold, TrainingFold, Forecast]
 
 log = logging.getLogger(__name__)
 _GROUP_METRICS = {"binary": ("auroc", "balanced_accuracy", "brier"), "multiclass": ("auroc", "balanced_accuracy", "brier"), "continuous": ("r2", "mae", "pearson_r")}  # fmt: skip
@@ -44,6 +46,8 @@ class EvaluationSettings(Frozen):
     """Nominal coverage of intervals."""
     permutations: int = Field(default=1000, ge=99)
     """Permutations of held-out labels."""
+    refit_permutations: int = Field(default=0, ge=0)
+    """Permutations through the whole pipeline, every predictor fitted again in every fold of each; 0 leaves them out."""
     strata: tuple[str, ...] = ("site",)
     """Columns within which labels are permuted; absent ones are ignored."""
     groups: tuple[str, ...] = ("site", "sex", "age")
@@ -119,13 +123,14 @@ def evaluate(
     )
     forecasts, fold_of = _forecast(target, split, predictors, settings, progress)
     people = target.keep(tested)
-    pooled = {name: _pool(people, split, parts) for name, parts in forecasts.items()}
-    for name, members in pools.items():
-        pooled[name] = _pool(people, split, [_mean([forecasts[member][index] for member in members]) for index in range(len(forecasts[members[0]]))])  # fmt: skip
+    pooled = _pool_all(people, split, forecasts, pools)
+    scorer = _Scorer(people, split, context.table, settings)
+    refitted = _refit_p(target, split, predictors, pools, context.table, settings)
     models = [name for name in pooled if name in context.models]
     order = models + [name for name in pooled if name not in models]
-    scorer = _Scorer(people, split, context.table, settings)
-    results = tuple(scorer.result(name, pooled[name], "model" if name in models else "floor", pools.get(name, ())) for name in order)
+    results = tuple(
+        scorer.result(name, pooled[name], "model" if name in models else "floor", pools.get(name, ()), refitted.get(name)) for name in order
+    )
     differences = tuple(scorer.difference(first, second, pooled) for first in models for second in order if second not in models)
     metrics = Metrics(
         target=target.name,
@@ -183,11 +188,11 @@ def _forecast(
     predictors: Mapping[str, Predictor],
     settings: EvaluationSettings,
     progress: Callable[[str, Fold], None] | None,
-) -> tuple[dict[str, list[tuple[Fold, TrainingFold, Forecast]]], NDArray[np.int64]]:
+) -> tuple[dict[str, list[Part]], NDArray[np.int64]]:
     """Every predictor's forecast of every fold, and the fold in which each person was tested."""
     tested, groups = split.tested, split.groups
     fold_of = np.zeros((split.repeats, len(tested)), dtype=np.int64)
-    forecasts: dict[str, list[tuple[Fold, TrainingFold, Forecast]]] = {name: [] for name in predictors}
+    forecasts: dict[str, list[Part]] = {name: [] for name in predictors}
     for fold in split.folds():
         fold_of[fold.repeat - 1, _positions(tested, fold.test)] = fold.fold
         training = target.keep(fold.train)
@@ -208,7 +213,59 @@ def _forecast(
     return forecasts, fold_of
 
 
-def _mean(parts: list[tuple[Fold, TrainingFold, Forecast]]) -> tuple[Fold, TrainingFold, Forecast]:
+def _pool_all(people: Target, split: Split, forecasts: Mapping[str, list[Part]], pools: Mapping[str, tuple[str, ...]]) -> dict[str, Pooled]:
+    """Pooled predictions of every predictor, and of the pools as means of their members."""
+    pooled = {name: _pool(people, split, parts) for name, parts in forecasts.items()}
+    for name, members in pools.items():
+        pooled[name] = _pool(people, split, [_mean(list(parts)) for parts in zip(*(forecasts[member] for member in members), strict=True)])
+    return pooled
+
+
+def _refit_p(
+    target: Target,
+    split: Split,
+    predictors: Mapping[str, Predictor],
+    pools: Mapping[str, tuple[str, ...]],
+    table: pd.DataFrame,
+    settings: EvaluationSettings,
+) -> dict[str, float]:
+    """One-sided p, (1 + b) / (1 + m), of the primary score of every predictor refitted on permuted people.
+
+    Labels, folds and strata stay; which person's data stand behind a label is permuted within strata. So folds remain
+    stratified, and a permuted data set is as likely as the real one where data and labels are independent.
+    """
+    if not settings.refit_permutations:
+        return {}
+    people, metric = target.keep(split.tested), PRIMARY[target.kind]
+    used = target.keep(list(split.table["participant_id"])).participants
+    strata = strata_of(table.loc[list(used)], settings.strata, target.name)
+
+    def scores(given: Mapping[str, Predictor]) -> dict[str, float]:
+        pooled = _pool_all(people, split, _forecast(target, split, given, settings, None)[0], pools)
+        found = {}
+        for name, one in pooled.items():
+            parts = [score(people.kind, people.observed, predicted)[metric].value for predicted in one.predicted]
+            found[name] = float(np.mean([np.nan if value is None else value for value in parts]))
+        return found
+
+    rng = np.random.default_rng(np.random.SeedSequence([settings.seed, 1]))
+    real = scores(predictors)
+    reached = dict.fromkeys(real, 1)
+    for _ in range(settings.refit_permutations):
+        stand_in = uncertainty.permuted_names(used, strata, rng)
+        permuted = scores({name: renamed(predictor, stand_in) for name, predictor in predictors.items()})
+        for name, value in permuted.items():
+            reached[name] += value >= real[name] - 1e-12
+    return {name: count / (1 + settings.refit_permutations) for name, count in reached.items() if np.isfinite(real[name])}
+
+
+def strata_of(table: pd.DataFrame, columns: Sequence[str], target: str) -> NDArray | None:
+    """(people,) stratum of each row of ``table``; none where no column is known."""
+    known = [column for column in columns if column in table and column != target]
+    return table[known].map(class_text).agg("|".join, axis=1).to_numpy() if known else None
+
+
+def _mean(parts: list[Part]) -> Part:
     fold, learnt, _ = parts[0]
     forecasts = [forecast for _, _, forecast in parts]
     inside = [forecast.train for forecast in forecasts if forecast.train is not None]
@@ -218,7 +275,7 @@ def _mean(parts: list[tuple[Fold, TrainingFold, Forecast]]) -> tuple[Fold, Train
     )  # fmt: skip
 
 
-def _pool(people: Target, split: Split, parts: list[tuple[Fold, TrainingFold, Forecast]]) -> Pooled:
+def _pool(people: Target, split: Split, parts: list[Part]) -> Pooled:
     """One predictor's forecasts of all folds, in the order of ``people``, with decisions at the folds' thresholds."""
     shape = (split.repeats, len(people.participants), *((len(people.classes),) if people.classes else ()))
     predicted = np.full(shape, np.nan)
@@ -268,10 +325,11 @@ class _Scorer:
         weights_seed, self.permutation_seed = np.random.SeedSequence(settings.seed).spawn(2)
         self.weights = uncertainty.resample_weights(self.units, settings.bootstraps, np.random.default_rng(weights_seed))
         self.jackknife = uncertainty.leave_one_out_weights(self.units) if settings.interval == "bca" else None
-        columns = [column for column in settings.strata if column in self.table and column != people.name]
-        self.strata = self.table[columns].map(class_text).agg("|".join, axis=1).to_numpy() if columns else None
+        self.strata = strata_of(self.table, settings.strata, people.name)
 
-    def result(self, name: str, pooled: Pooled, role: Literal["model", "floor"], members: tuple[str, ...]) -> PredictorResult:
+    def result(
+        self, name: str, pooled: Pooled, role: Literal["model", "floor"], members: tuple[str, ...], refit_p: float | None
+    ) -> PredictorResult:
         """Every score of one predictor over everybody."""
         names = {key for choice in pooled.choices for key in choice}
         p = uncertainty.permutation_p(
@@ -289,7 +347,8 @@ class _Scorer:
             thresholds=pooled.thresholds,
             threshold_rule=pooled.rule,
             permutation_p=p,
-            permutation_reason=None if p is not None else "labels do not vary within strata",
+            refit_p=refit_p,
+            permutation_reason=None if p is not None else "labels do not vary within strata, or a class is absent",
             pooled_from=members,
             choices={key: tuple(choice[key] for choice in pooled.choices if key in choice) for key in sorted(names)},
         )

@@ -5,7 +5,7 @@ A predictor gets the training people with their labels and the names of the test
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from brainfm_cli.errors import InternalError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -60,6 +60,16 @@ class Predictor(Protocol):
     def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
         """The forecast for ``test``, participant keys in this order."""
         ...
+
+
+def renamed(predictor: Predictor, stand_in: Mapping[str, str]) -> Predictor:
+    """The predictor, seeing the data of other people behind every label: ``stand_in`` says whose."""
+
+    def predict(fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        people = tuple(stand_in[name] for name in fold.target.participants)
+        return predictor(replace(fold, target=replace(fold.target, participants=people)), [stand_in[name] for name in test])
+
+    return predict
 
 
 def check_forecast(name: str, forecast: Forecast, fold: TrainingFold, test: Sequence[str]) -> Forecast:

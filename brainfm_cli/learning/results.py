@@ -42,6 +42,8 @@ class PredictorResult(Frozen):
     """One-sided p of the primary score, labels permuted within strata against the fixed predictions."""
     permutation_reason: str | None = None
     """Why there is no p."""
+    refit_p: float | None = None
+    """The same with every fold fitted again on each permutation; none where that was not asked for."""
     pooled_from: tuple[str, ...] = ()
     """Predictors whose predictions were averaged."""
     choices: dict[str, tuple[float | str, ...]] = {}

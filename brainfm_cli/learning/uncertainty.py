@@ -161,13 +161,14 @@ def permutation_p(
     permutations: int,
     rng: np.random.Generator,
 ) -> float | None:
-    """One-sided p of fixed predictions, (1+b)/(1+m) over labels permuted within strata; none where nothing can move.
+    """One-sided p of fixed predictions, (1+b)/(1+m) over labels permuted within strata; none where nothing can move or a class is absent.
 
     ``predicted`` is (repetitions, people, classes) or (repetitions, people). Classes: AUROC (macro, one versus rest);
     continuous: R², which for fixed predictions ranks permutations as Σ observed·predicted does.
     """
     groups = _members(strata, len(observed))
-    if all(np.ptp(observed[rows]) == 0 for rows in groups):
+    absent = kind != "continuous" and len(np.unique(observed)) < predicted.shape[2]
+    if absent or all(np.ptp(observed[rows]) == 0 for rows in groups):
         return None
     permuted = np.tile(observed, (permutations + 1, 1))
     for rows in groups:
@@ -175,6 +176,14 @@ def permutation_p(
     score = _permuted_products(permuted, predicted) if kind == "continuous" else _permuted_areas(permuted, predicted, kind)
     tolerance = 1e-12 * max(1.0, abs(float(score[0])))
     return float((1 + np.sum(score[1:] >= score[0] - tolerance)) / (1 + permutations))
+
+
+def permuted_names(names: Sequence[str], strata: Sequence[str] | NDArray | None, rng: np.random.Generator) -> dict[str, str]:
+    """Every name -> another of its stratum, by a random permutation."""
+    order = np.arange(len(names))
+    for rows in _members(strata, len(names)):
+        order[rows] = rng.permutation(rows)
+    return {name: names[int(place)] for name, place in zip(names, order, strict=True)}
 
 
 def detectable_difference(error: float, *, level: float = 0.05, power: float = 0.8) -> float:

@@ -103,9 +103,12 @@ def _overview(metrics: Metrics) -> Section:
 def _scores(metrics: Metrics) -> Section:
     names = list(dict.fromkeys(name for result in metrics.predictors for name in result.scores))
     rows = [
-        [_named(result), *(_cell(result.scores.get(name)) for name in names), _p(result.permutation_p)] for result in metrics.predictors
+        [_named(result), *(_cell(result.scores.get(name)) for name in names), _p(result.permutation_p), _p(result.refit_p)]
+        for result in metrics.predictors
     ]
-    frame = pd.DataFrame(rows, columns=["predictor", *(_column(name) for name in names), "permutation p"])
+    frame = pd.DataFrame(rows, columns=["predictor", *(_column(name) for name in names), "permutation p", "refitted p"])
+    if all(result.refit_p is None for result in metrics.predictors):
+        frame = frame.drop(columns="refitted p")
     models = [place for place, result in enumerate(metrics.predictors) if result.role == "model"]
     rules: dict[str, list[str]] = {}
     for result in metrics.predictors:

@@ -40,7 +40,11 @@ _COLUMNS = {
         "Description": "Diagnosis; disorders are invented, see disorders.tsv",
         "Levels": {CONTROL: "no disorder"} | dict.fromkeys(DISORDER_NAMES, "see disorders.tsv"),
     },
-    "diagnosis_binary": {"Description": "Any disorder or none", "Levels": {CONTROL: "no disorder", "case": "any disorder"}},
+    "diagnosis_binary": {
+        "Description": "Any disorder or none",
+        "Levels": {CONTROL: "no disorder", "case": "any disorder"},
+        "PositiveClass": "case",
+    },
     "split": {"Description": "Random halves of unequal size", "Levels": {"discovery": "to learn from", "holdout": "to test on"}},
 }
 

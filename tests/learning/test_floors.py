@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from nilearn.connectome import ConnectivityMeasure, sym_matrix_to_vec
 from scipy.linalg import logm

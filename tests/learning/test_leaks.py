@@ -84,7 +84,7 @@ def test_split_files_that_leak_are_refused(tmp_path, spoil, match):
 
 def test_a_person_named_for_both_sides_is_refused():
     names = names_of(10)
-    with pytest.raises(InputDatasetError, match="1 people are in training and test, e.g. p004"):
+    with pytest.raises(InputDatasetError, match=r"1 people are in training and test, e\.g\. p004"):
         fixed_split(binary_target([0, 1] * 5), train=names[:5], test=names[4:], why="by hand")
 
 
@@ -133,7 +133,7 @@ def test_people_of_the_pretraining_are_refused_or_counted():
     target, table = binary_target([0, 1] * 10), plain_table(20)
     split = make_split(target, table, DesignSettings(folds=2))
     seen = {participant_hash("toy", "p004"), participant_hash("elsewhere", "p005"), participant_hash("toy", "p099")}
-    with pytest.raises(InputDatasetError, match="1 of 20 test people were in the model's pretraining, e.g. p004"):
+    with pytest.raises(InputDatasetError, match=r"1 of 20 test people were in the model.s pretraining, e\.g\. p004"):
         refuse_pretrained(split, table, seen, transductive=False)
     with pytest.raises(InputDatasetError, match="pretraining"):
         evaluate(target, split, {"Majority": majority}, Context(table=table, pretrained=seen), QUICK)

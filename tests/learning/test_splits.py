@@ -168,7 +168,7 @@ def test_inner_folds_shrink_for_rare_classes_and_refuse_one_group():
     assert len(inner_folds(binary_target([0] * 20 + [1] * 3), groups={}, folds=5, seed=0)) == 3
     assert len(inner_folds(multiclass_target([0] * 9 + [1] * 9 + [2] * 2), groups={}, folds=5, seed=0)) == 2
     target = binary_target([0] * 20 + [1] * 4)
-    groups = {name: "one" for name in target.participants[20:]}
+    groups = dict.fromkeys(target.participants[20:], "one")
     with pytest.raises(InputDatasetError, match="in one group only"):
         inner_folds(target, groups=groups, folds=2, seed=0)
 
