@@ -46,7 +46,7 @@ _WORKS = {
         Citation(key="nipype", authors="Gorgolewski, K. and Burns, C. D. and Madison, C. and others", title="Nipype: a flexible, lightweight and extensible neuroimaging data processing framework in Python", journal="Frontiers in Neuroinformatics", year=2011, doi="10.3389/fninf.2011.00013"),
         Citation(key="n4", authors="Tustison, N. J. and Avants, B. B. and Cook, P. A. and others", title="N4ITK: improved N3 bias correction", journal="IEEE Transactions on Medical Imaging", year=2010, doi="10.1109/TMI.2010.2046908"),
         Citation(key="deepbet", authors="Fisch, L. and Zumdick, S. and Barkhau, C. and others", title="deepbet: fast brain extraction of T1-weighted MRI using convolutional neural networks", journal="Computers in Biology and Medicine", year=2024, doi="10.1016/j.compbiomed.2024.108845"),
-        Citation(key="atropos", authors="Avants, B. B. and Tustison, N. J. and Wu, J. and Cook, P. A. and Gee, J. C.", title="An open source multivariate framework for n-tissue segmentation with evaluation on public data", journal="Neuroinformatics", year=2011, doi="10.1007/s12021-011-9109-y"),
+        Citation(key="mixture", authors="Zhang, Y. and Brady, M. and Smith, S.", title="Segmentation of brain MR images through a hidden Markov random field model and the expectation-maximization algorithm", journal="IEEE Transactions on Medical Imaging", year=2001, doi="10.1109/42.906424"),
         Citation(key="syn", authors="Avants, B. B. and Epstein, C. L. and Grossman, M. and Gee, J. C.", title="Symmetric diffeomorphic image registration with cross-correlation", journal="Medical Image Analysis", year=2008, doi="10.1016/j.media.2007.06.004"),
         Citation(key="template", authors="Fonov, V. S. and Evans, A. C. and McKinstry, R. C. and Almli, C. R. and Collins, D. L.", title="Unbiased nonlinear average age-appropriate brain templates from birth to adulthood", journal="NeuroImage", year=2009, doi="10.1016/S1053-8119(09)70884-5"),
         Citation(key="realignment", authors="Baker, S. and Matthews, I.", title="Lucas-Kanade 20 years on: a unifying framework", journal="International Journal of Computer Vision", year=2004, doi="10.1023/B:VISI.0000011205.11775.fd"),
@@ -81,7 +81,7 @@ def methods_paragraph(facts: Mapping[str, Any], *, bold: bool) -> str:
     )
     anatomy = (
         f"Preprocessing was done with the embedded engine of brainfm {brainfm_version()}, a Nipype workflow. Intensity bias of {images} was "
-        f"removed by the algorithm of N4; {_EXTRACTION[facts['method']]}. Three tissue classes were found with Atropos. The brain was "
+        f"removed by the algorithm of N4; {_EXTRACTION[facts['method']]}. Three tissue classes were found by a Gaussian mixture with a Markov random field. The brain was "
         f"registered to {facts['template']} ({facts['template_source']}) by affine and SyN registration in antspyx."
     )
     if not bold:
@@ -98,7 +98,7 @@ def methods_paragraph(facts: Mapping[str, Any], *, bold: bool) -> str:
 
 def cited(facts: Mapping[str, Any], *, bold: bool) -> tuple[Citation, ...]:
     """Works that the paragraph rests on."""
-    keys = ["nipype", "n4", *(["deepbet"] if facts["method"] == "deepbet" else []), "atropos", "syn", "template"]
+    keys = ["nipype", "n4", *(["deepbet"] if facts["method"] == "deepbet" else []), "mixture", "syn", "template"]
     if bold:
         keys += ["realignment", "information", "power", "rmsd", "compcor", "fmriprep"]
     return tuple(_WORKS[key] for key in keys)

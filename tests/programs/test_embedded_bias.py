@@ -1,4 +1,4 @@
-"""The bias field against planted fields and against ITK's N4."""
+"""Bias field and tissue classes against planted truth, ITK's N4 and Atropos."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.programs.embedded import itk
 from brainfm_cli.programs.embedded.bias import fit_bias
+from brainfm_cli.programs.embedded.gates import dice
+from brainfm_cli.programs.embedded.mixture import tissue_probabilities
 from tests.programs.heads import AFFINE, smooth_field, t1w, tissues
 
 
@@ -40,7 +42,10 @@ def test_agrees_with_itk(generator: np.random.Generator) -> None:
     image = t1w(labels, generator) * smooth_field(labels.shape)
     inside = (labels > 0) & (labels < 4)
     itk.prepare(1, 1)
-    theirs = itk.bias_field(image, inside, AFFINE, shrink=2, iterations=(20, 20))
+    import ants
+
+    options = {"shrink_factor": 2, "convergence": {"iters": [20, 20], "tol": 1e-5}, "spline_param": 200.0, "return_bias_field": True}
+    theirs = ants.n4_bias_field_correction(itk.to_itk(image, AFFINE), mask=itk.to_itk(inside, AFFINE), **options).numpy()
     assert np.corrcoef(np.log(fit_bias(image, inside)[inside]), np.log(theirs[inside]))[0, 1] > 0.97
 
 
@@ -55,3 +60,29 @@ def test_the_field_stays_believable_outside_the_mask(generator: np.random.Genera
 def test_an_empty_image_is_refused() -> None:
     with pytest.raises(InputDatasetError, match="above the background"):
         fit_bias(np.zeros((20, 20, 20), np.float32), np.ones((20, 20, 20), bool))
+
+
+def test_tissues_are_found_in_noise_and_agree_with_atropos(generator: np.random.Generator) -> None:
+    labels = tissues()
+    inside = (labels > 0) & (labels < 4)
+    image = t1w(labels, generator, noise=90.0)
+    found = tissue_probabilities(image, inside)
+    np.testing.assert_allclose(found.sum(0), inside, atol=1e-5)
+    itk.prepare(1, 1)
+    import ants
+
+    theirs = ants.atropos(
+        a=itk.to_itk(image, AFFINE), x=itk.to_itk(inside, AFFINE), i="kmeans[3]", m="[0.1,1x1x1]", c="[5,0]", priorweight=0
+    )
+    alone = np.digitize(image, [450, 825])  # what intensity says without neighbours
+    for place, tissue in enumerate((1, 2, 3)):
+        truth, mine = labels == tissue, (found.argmax(0) == place) & inside
+        other = np.stack([one.numpy() for one in theirs["probabilityimages"]]).argmax(0) == place
+        assert dice(mine, truth) > max(0.8, dice(other & inside, truth) - 0.02)
+        if tissue == 3:  # a thin shell of CSF has no neighbours to lean on
+            assert dice(mine, truth) > dice((alone == place) & inside, truth)
+
+
+def test_one_intensity_is_no_tissue() -> None:
+    with pytest.raises(InputDatasetError, match="one intensity"):
+        tissue_probabilities(np.ones((5, 5, 5), np.float32), np.ones((5, 5, 5), bool))

@@ -15,6 +15,7 @@ from brainfm_cli.programs.embedded import brain, itk
 from brainfm_cli.programs.embedded.bias import fit_bias
 from brainfm_cli.programs.embedded.gates import Gate, check_brain, template_gates
 from brainfm_cli.programs.embedded.grids import box_around, coarser, moved_affine, on_grid, read_ras
+from brainfm_cli.programs.embedded.mixture import tissue_probabilities
 from brainfm_cli.programs.embedded.template import Template, load_template, output_grid
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def classify(folder: Path, image: str, mask: str) -> tuple[list[str], str]:
     cut = moved_affine(affine, box)
     small, small_affine = coarser(np.where(inside, values, 0)[box], cut, _TISSUE_MM)
     small_inside = coarser(inside[box], cut, _TISSUE_MM)[0] > 0.5
-    ceiling = np.percentile(small[small_inside], 99.5)  # vessels and fat would take a class of their own
-    classes = itk.tissue_classes(np.minimum(small, ceiling), small_inside, small_affine)
-    full = np.stack([on_grid(one, small_affine, values.shape, affine) for one in classes])
-    full *= inside
+    classes = tissue_probabilities(small, small_inside)
+    full = np.zeros((3, *values.shape), np.float32)
+    for one, part in zip(full, classes, strict=True):
+        one[box] = on_grid(part, small_affine, inside[box].shape, cut) * inside[box]
     total = full.sum(0)
     full /= np.where(total > 0, total, 1)
     paths = [write_image(folder / f"{name}.nii", one, affine) for name, one in zip(TISSUES, full, strict=True)]
@@ -136,11 +137,15 @@ def resample(
     """
     shape, target = output_grid(settings.resolution)
 
-    def place(path: str, interpolation: itk.Interpolation) -> NDArray[np.float32]:
-        values, affine = read_ras(Path(path))
-        return itk.warp(values, affine, shape, target, [Path(forward)], interpolation=interpolation)
+    inside, own = read_ras(Path(mask))
+    box = box_around(inside > 0, 4)
 
-    moved = place(image, "lanczosWindowedSinc").clip(0)
+    def place(path: str, interpolation: itk.Interpolation) -> NDArray[np.float32]:
+        values = read_ras(Path(path))[0][box]  # nothing of masks and tissues lies outside
+        return itk.warp(values, moved_affine(own, box), shape, target, [Path(forward)], interpolation=interpolation)
+
+    whole, affine = read_ras(Path(image))
+    moved = itk.warp(whole, affine, shape, target, [Path(forward)], interpolation="lanczosWindowedSinc").clip(0)
     moved_mask = place(mask, "linear") > 0.5
     images = {
         "image": write_image(folder / "image.nii", moved, target, space="template"),

@@ -15,7 +15,7 @@ from brainfm_cli.bids.images import write_image
 from brainfm_cli.programs.embedded import itk
 from brainfm_cli.programs.embedded.bias import fit_bias
 from brainfm_cli.programs.embedded.brain import mutual_information
-from brainfm_cli.programs.embedded.grids import coarser, read_ras, zooms_of
+from brainfm_cli.programs.embedded.grids import box_around, coarser, moved_affine, read_ras, zooms_of
 from brainfm_cli.signals import confounds as noise
 from brainfm_cli.signals.realignment import average_reference, build_target, realign
 from brainfm_cli.signals.slice_timing import check_slice_times, reference_time, shift_slice, slice_axis
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
     Matrix = NDArray[np.float64]
 
-_FIT_MM = 2.0
+_FIT_MM, _TISSUE_MM = 2.0, 1.0
 _COREGISTRATION: dict[str, Any] = {
     "aff_iterations": (500, 250, 100), "aff_shrink_factors": (4, 2, 1), "aff_smoothing_sigmas": (2, 1, 0), "aff_random_sampling_rate": 0.3,
 }  # fmt: skip
@@ -167,11 +167,18 @@ def native_masks(folder: Path, boldref: str, coreg: str, mask: str, probabilitie
     reference, affine = _read_native(Path(boldref))
     to_structural = np.linalg.inv(read_itk(Path(coreg))[0])
     inside, structural = read_ras(Path(mask))
-    tissues = dict(zip(("CSF", "GM", "WM"), (read_ras(Path(path))[0] for path in probabilities), strict=True))
+    box = box_around(inside > 0, 4)
+    structural = moved_affine(structural, box)
+
+    def small(path: str) -> tuple[Volume, Matrix]:
+        return coarser(read_ras(Path(path))[0][box], structural, _TISSUE_MM)
+
+    tissues = {name: small(path)[0] for name, path in zip(("CSF", "GM", "WM"), probabilities, strict=True)}
+    inside, structural = small(mask)
     brain = _fraction(inside, structural, reference.shape, affine, to_structural) > 0.5
     codes, demanded = brain.astype(np.uint8), {}
     distance = ndimage.distance_transform_edt(tissues["GM"] < 0.5, sampling=zooms_of(structural))
-    deep = ndimage.distance_transform_edt(inside > 0, sampling=zooms_of(structural))
+    deep = ndimage.distance_transform_edt(inside > 0.5, sampling=zooms_of(structural))
     for name, code in (("CSF", 2), ("WM", 4)):
         core = (tissues[name] > _CORE_PROBABILITY) & (distance > _FROM_GREY_MM[name]) & (deep > 3.0)
         share = _fraction(core.astype(np.float32), structural, reference.shape, affine, to_structural) * brain

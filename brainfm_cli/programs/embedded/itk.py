@@ -1,4 +1,4 @@
-"""The border to antspyx: images to and from ITK, bias field, tissue classes, registration, warps. The only module that imports ants."""
+"""The border to antspyx: images to ITK, registration, warps. The only module that imports ants."""
 
 from __future__ import annotations
 
@@ -54,27 +54,6 @@ def to_itk(data: NDArray[Any], affine: Matrix) -> Any:  # noqa: ANN401
     left, _, right = np.linalg.svd(direction)
     values = np.ascontiguousarray(data, np.float32)
     return _ants().from_numpy(values, origin=lps[:3, 3].tolist(), spacing=spacing.tolist(), direction=left @ right)
-
-
-def bias_field(data: Volume, mask: NDArray[np.bool_], affine: Matrix, *, shrink: int, iterations: Sequence[int]) -> Volume:
-    """(x, y, z) multiplicative bias field of N4 (Tustison 2010), fitted inside the mask."""
-    field = _ants().n4_bias_field_correction(
-        to_itk(data, affine),
-        mask=to_itk(mask, affine),
-        shrink_factor=shrink,
-        convergence={"iters": list(iterations), "tol": 1e-5},
-        spline_param=200.0,
-        return_bias_field=True,
-    )
-    return np.asarray(field.numpy(), np.float32)
-
-
-def tissue_classes(data: Volume, mask: NDArray[np.bool_], affine: Matrix, *, classes: int = 3) -> list[Volume]:
-    """(x, y, z) probability of each tissue class, darkest first: Atropos from k-means with a Markov field."""
-    found = _ants().atropos(
-        a=to_itk(data, affine), x=to_itk(mask, affine), i=f"kmeans[{classes}]", m="[0.1,1x1x1]", c="[5,0]", priorweight=0.0
-    )
-    return [np.asarray(image.numpy(), np.float32) for image in found["probabilityimages"]]
 
 
 def register(
