@@ -12,7 +12,7 @@ from brainfm_cli.provenance import brainfm_version
 os.environ.setdefault("NIPYPE_NO_ET", "1")
 os.environ.setdefault("NO_ET", "1")
 
-from nipype import Function, Node, Workflow, config
+from nipype import Function, Node, Workflow, config, logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,9 +66,11 @@ def empty_workflow(name: str, folder: Path) -> Workflow:
                 "crashdump_dir": str(folder),
                 "crashfile_format": "txt",
             },
-            "logging": {"log_to_file": "false", "workflow_level": "WARNING"},
+            # Progress and errors are told by our own log; nipype would print tracebacks of errors that are sentences.
+            "logging": {"log_to_file": "false", "workflow_level": "CRITICAL", "utils_level": "CRITICAL", "interface_level": "CRITICAL"},
         }
     )
+    logging.update_logging(config)
     workflow = Workflow(name=name, base_dir=str(folder))
     workflow.config["execution"]["crashdump_dir"] = str(folder)
     return workflow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from brainfm_cli.programs.embedded.settings import EmbeddedSettings
     from brainfm_cli.programs.embedded.template import Template
 
+log = logging.getLogger(__name__)
 Results = dict[str, dict[str, Any]]
 _REFERENCES: tuple[Modality, ...] = ("T1w", "contrast T1w", "T2w", "FLAIR", "dwi")
 
@@ -64,7 +66,7 @@ def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings:
     reference = choose_reference(raw, settings)
     work.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(nthreads):
-        results = _run(build_workflow(raw, reference, work, template, settings, threads=nthreads))
+        results = _run(build_workflow(raw, reference, work, template, settings, threads=nthreads), f"sub-{raw.label}")
     publisher = Publisher(raw=raw, reference=reference, out=out, template=template, settings=settings)
     publisher.publish_anatomy(results)
     for number, image in enumerate(others(raw, reference)):
@@ -239,7 +241,12 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
     return notes
 
 
-def _run(workflow: Workflow) -> Results:
+def _run(workflow: Workflow, name: str) -> Results:
     """Run what is not done yet; outputs of every node by its name."""
-    finished = workflow.run(plugin="Linear")
+
+    def tell(node: Node, status: str) -> None:
+        if status == "start":
+            log.info("%s: %s", name, node.name)
+
+    finished = workflow.run(plugin="Linear", plugin_args={"status_callback": tell})
     return {node.name: node.result.outputs.get() for node in finished.nodes()}
