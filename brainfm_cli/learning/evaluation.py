@@ -12,12 +12,13 @@ import pandas as pd
 from pydantic import Field
 
 from brainfm_cli.config import Frozen
-from brainfm_cli.errors import InputDatasetError, SettingsError
+from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning import audit, uncertainty
-from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold, check_forecast, renamed
+from brainfm_cli.learning.forecasts import Predictor, renamed
+from brainfm_cli.learning.pooling import pool_all, positions, run_folds
 from brainfm_cli.learning.results import Difference, EvaluationResult, GroupScores, Metrics, Pooled, PredictorResult, Truth
-from brainfm_cli.learning.scores import METRICS, PRIMARY, Score, best_threshold, score, statistic
-from brainfm_cli.learning.splits import Fold, Split, inner_folds, refuse_pretrained
+from brainfm_cli.learning.scores import METRICS, PRIMARY, Score, score, statistic
+from brainfm_cli.learning.splits import Fold, Split, refuse_pretrained
 from brainfm_cli.learning.statement import describe_design, state
 from brainfm_cli.learning.targets import Target, class_text
 from brainfm_cli.provenance import package_versions
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.learning.kernels import Kernel
-
-    Part = tuple[Fold, TrainingFold, Forecast]
 
 log = logging.getLogger(__name__)
 _GROUP_METRICS = {"binary": ("auroc", "balanced_accuracy", "brier"), "multiclass": ("auroc", "balanced_accuracy", "brier"), "continuous": ("r2", "mae", "pearson_r")}  # fmt: skip
@@ -121,9 +120,9 @@ def evaluate(
         audit.audit_site_in_connectivity(kernels, context.table),
         audit.audit_size(target.keep(tested)),
     )
-    forecasts, fold_of = _forecast(target, split, predictors, settings, progress)
+    forecasts, fold_of = run_folds(target, split, predictors, inner=settings.inner_folds, seed=settings.seed, progress=progress)
     people = target.keep(tested)
-    pooled = _pool_all(people, split, forecasts, pools)
+    pooled = pool_all(people, split, forecasts, pools)
     scorer = _Scorer(people, split, context.table, settings)
     refitted = _refit_p(target, split, predictors, pools, context.table, settings)
     models = [name for name in pooled if name in context.models]
@@ -162,7 +161,7 @@ def evaluate(
         split=split,
         people=people.participants,
         observed=people.observed,
-        fold_of=fold_of[:, _positions(tested, people.participants)],
+        fold_of=fold_of[:, positions(tested, people.participants)],
         pooled={name: pooled[name] for name in order},
     )
 
@@ -180,45 +179,6 @@ def _check_names(predictors: Mapping[str, Predictor], pools: Mapping[str, tuple[
             else "nothing to evaluate"
         )
         raise SettingsError(what, fix="name each predictor and pool once")
-
-
-def _forecast(
-    target: Target,
-    split: Split,
-    predictors: Mapping[str, Predictor],
-    settings: EvaluationSettings,
-    progress: Callable[[str, Fold], None] | None,
-) -> tuple[dict[str, list[Part]], NDArray[np.int64]]:
-    """Every predictor's forecast of every fold, and the fold in which each person was tested."""
-    tested, groups = split.tested, split.groups
-    fold_of = np.zeros((split.repeats, len(tested)), dtype=np.int64)
-    forecasts: dict[str, list[Part]] = {name: [] for name in predictors}
-    for fold in split.folds():
-        fold_of[fold.repeat - 1, _positions(tested, fold.test)] = fold.fold
-        training = target.keep(fold.train)
-        seed = int(np.random.SeedSequence([settings.seed, fold.repeat, fold.fold]).generate_state(1)[0])
-        learnt = TrainingFold(
-            target=training,
-            inner=inner_folds(training, groups=groups, folds=settings.inner_folds, seed=seed),
-            repeat=fold.repeat,
-            fold=fold.fold,
-            seed=seed,
-        )
-        for name, predictor in predictors.items():
-            if progress is not None:
-                progress(name, fold)
-            forecasts[name].append((fold, learnt, check_forecast(name, predictor(learnt, fold.test), learnt, fold.test)))
-    if (fold_of == 0).any():
-        raise InputDatasetError("not everybody is tested in every repetition of the split", fix="make the split again")
-    return forecasts, fold_of
-
-
-def _pool_all(people: Target, split: Split, forecasts: Mapping[str, list[Part]], pools: Mapping[str, tuple[str, ...]]) -> dict[str, Pooled]:
-    """Pooled predictions of every predictor, and of the pools as means of their members."""
-    pooled = {name: _pool(people, split, parts) for name, parts in forecasts.items()}
-    for name, members in pools.items():
-        pooled[name] = _pool(people, split, [_mean(list(parts)) for parts in zip(*(forecasts[member] for member in members), strict=True)])
-    return pooled
 
 
 def _refit_p(
@@ -241,7 +201,8 @@ def _refit_p(
     strata = strata_of(table.loc[list(used)], settings.strata, target.name)
 
     def scores(given: Mapping[str, Predictor]) -> dict[str, float]:
-        pooled = _pool_all(people, split, _forecast(target, split, given, settings, None)[0], pools)
+        forecasts, _ = run_folds(target, split, given, inner=settings.inner_folds, seed=settings.seed)
+        pooled = pool_all(people, split, forecasts, pools)
         found = {}
         for name, one in pooled.items():
             parts = [score(people.kind, people.observed, predicted)[metric].value for predicted in one.predicted]
@@ -265,53 +226,10 @@ def strata_of(table: pd.DataFrame, columns: Sequence[str], target: str) -> NDArr
     return table[known].map(class_text).agg("|".join, axis=1).to_numpy() if known else None
 
 
-def _mean(parts: list[Part]) -> Part:
-    fold, learnt, _ = parts[0]
-    forecasts = [forecast for _, _, forecast in parts]
-    inside = [forecast.train for forecast in forecasts if forecast.train is not None]
-    return fold, learnt, Forecast(
-        test=np.mean([forecast.test for forecast in forecasts], axis=0),
-        train=np.mean(inside, axis=0) if len(inside) == len(forecasts) else None,
-    )  # fmt: skip
-
-
-def _pool(people: Target, split: Split, parts: list[Part]) -> Pooled:
-    """One predictor's forecasts of all folds, in the order of ``people``, with decisions at the folds' thresholds."""
-    shape = (split.repeats, len(people.participants), *((len(people.classes),) if people.classes else ()))
-    predicted = np.full(shape, np.nan)
-    decided = np.zeros(shape[:2], dtype=np.int64) if people.classes else None
-    thresholds: list[float] = []
-    rule = "class of highest probability"
-    for fold, learnt, forecast in parts:
-        rows = people.rows(fold.test)
-        predicted[fold.repeat - 1, rows] = forecast.test
-        if decided is None:
-            continue
-        decided[fold.repeat - 1, rows] = forecast.test.argmax(1)
-        if people.kind == "binary" and forecast.train is not None and np.isfinite(forecast.train).any():
-            thresholds.append(best_threshold(learnt.labels, forecast.train[:, 1]))
-            decided[fold.repeat - 1, rows] = forecast.test[:, 1] >= thresholds[-1]
-            rule = "threshold of highest balanced accuracy on inner folds of the training people"
-    if not people.classes:
-        rule = ""
-    return Pooled(
-        predicted=predicted,
-        decided=decided,
-        thresholds=tuple(thresholds),
-        rule=rule,
-        choices=tuple(forecast.choices for _, _, forecast in parts),
-    )
-
-
 def _headline(order: Sequence[str], pools: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Predictors without the members of pools: one line per idea."""
     members = {name for names in pools.values() for name in names}
     return [name for name in order if name not in members]
-
-
-def _positions(order: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    place = {name: index for index, name in enumerate(order)}
-    return np.array([place[name] for name in names], dtype=np.int64)
 
 
 class _Scorer:
