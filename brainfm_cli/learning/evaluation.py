@@ -199,14 +199,15 @@ def _refit_p(
     people, metric = target.keep(split.tested), PRIMARY[target.kind]
     used = target.keep(list(split.table["participant_id"])).participants
     strata = strata_of(table.loc[list(used)], settings.strata, target.name)
+    everyone = np.ones((1, len(people.participants)))
 
     def scores(given: Mapping[str, Predictor]) -> dict[str, float]:
         forecasts, _ = run_folds(target, split, given, inner=settings.inner_folds, seed=settings.seed)
         pooled = pool_all(people, split, forecasts, pools)
         found = {}
         for name, one in pooled.items():
-            parts = [score(people.kind, people.observed, predicted)[metric].value for predicted in one.predicted]
-            found[name] = float(np.mean([np.nan if value is None else value for value in parts]))
+            parts = [statistic(metric, people.kind, people.observed, predicted) for predicted in one.predicted]
+            found[name] = float(uncertainty.averaged([part for part in parts if part is not None])(everyone)[0])
         return found
 
     rng = np.random.default_rng(np.random.SeedSequence([settings.seed, 1]))
