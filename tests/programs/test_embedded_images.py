@@ -148,9 +148,13 @@ def test_gates_say_what_they_want(generator: np.random.Generator) -> None:
     assert all(gate.passed for gate in template_gates(image, inside, AFFINE, model, settings))
     turned = template_gates(image[::-1, ::-1, ::-1], inside[::-1, ::-1, ::-1], AFFINE, model, settings)
     assert turned[0].value < template_gates(image, inside, AFFINE, model, settings)[0].value - 0.2
+    inverted = np.where(inside, 1500 - image, 0).astype(np.float32)  # as FLAIR and T2w do to tissues
+    assert not template_gates(inverted, inside, AFFINE, model, settings)[0].passed
+    assert template_gates(inverted, inside, AFFINE, model, settings, modality="FLAIR")[0].value > 0.9
     shuffled = image.copy()
     shuffled[inside] = generator.permutation(shuffled[inside])
-    assert not template_gates(shuffled, inside, AFFINE, model, settings)[0].passed
+    for modality in ("T1w", "FLAIR"):
+        assert not template_gates(shuffled, inside, AFFINE, model, settings, modality=modality)[0].passed
 
 
 def test_dice() -> None:

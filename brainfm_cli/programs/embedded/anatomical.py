@@ -125,6 +125,7 @@ def resample(
     classes: str,
     probabilities: Sequence[str],
     forward: str,
+    modality: str,
     template: Template,
     settings: EmbeddedSettings,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
@@ -154,7 +155,7 @@ def resample(
     }
     for name, path in zip(TISSUES, probabilities, strict=True):
         images[name] = write_image(folder / f"{name}.nii", place(path, "linear").clip(0, 1), target, space="template")
-    gates = template_gates(moved, moved_mask, target, load_template(template), settings)
+    gates = template_gates(moved, moved_mask, target, load_template(template), settings, modality=modality)
     write_json(folder / "gates.json", [gate.as_row() for gate in gates])
     _refuse_failed(gates)
     return {name: str(path) for name, path in images.items()}, [gate.as_row() for gate in gates]

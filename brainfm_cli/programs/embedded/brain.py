@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 Method = Literal["stripped", "deepbet", "template"]
 _EMPTY_SHARE = 0.5  # of voxels that are exactly 0 in a skull-stripped image
 _COARSE_MM = 3.0
+_FOREGROUND = 0.15  # of the 98th percentile
+_CEILING = 1.3  # of the foreground's median
 _POSE: dict[str, Any] = {"aff_iterations": (200, 100, 50), "aff_shrink_factors": (3, 2, 1), "aff_smoothing_sigmas": (2, 1, 0)}
-_SHAPE: dict[str, Any] = {
-    "aff_iterations": (50, 0, 0), "aff_shrink_factors": (1, 1, 1), "aff_smoothing_sigmas": (0, 0, 0),
-    "reg_iterations": (40, 20), "mask_all_stages": True,
-}  # fmt: skip
+_SIZE: dict[str, Any] = {"aff_iterations": (100, 50), "aff_shrink_factors": (2, 1), "aff_smoothing_sigmas": (1, 0)}
+_SHAPE: dict[str, Any] = {"reg_iterations": (40, 20), "mask_all_stages": True}
 _PITCHES, _HEIGHTS_MM = (-20.0, 0.0, 20.0), (0.0, 20.0)
 
 
@@ -100,6 +100,8 @@ def template_mask(data: Volume, affine: Matrix, template: TemplateImages, folder
     and a rim of scalp-free space, and several poses are tried, because a head's middle is not its brain's.
     """
     head, head_affine = coarser(data, affine, _COARSE_MM)
+    shown = head > _FOREGROUND * np.percentile(head, 98)
+    head = np.minimum(head, _CEILING * np.percentile(head[shown], 50))  # fat must not outshine the brain
     brain, brain_affine = coarser(template.brain, template.affine, _COARSE_MM)
     inside = coarser(template.mask, template.affine, _COARSE_MM)[0] > 0.5
     near = np.asarray(ndimage.binary_dilation(inside, iterations=1), bool)
@@ -107,14 +109,19 @@ def template_mask(data: Volume, affine: Matrix, template: TemplateImages, folder
     for number, start in enumerate(_starts(head, head_affine, inside, brain_affine)):
         path = write_text(folder / f"start{number}.txt", itk_text(start))
         forward, _ = itk.register(
-            (brain, brain_affine), (head, head_affine), "Affine", folder,
+            (brain, brain_affine), (head, head_affine), "Rigid", folder,
             name=f"pose{number}", seed=seed, fixed_mask=near, start=path, options=_POSE,
         )  # fmt: skip
         moved = itk.warp(head, head_affine, brain.shape, brain_affine, [forward])
         found.append((mutual_information(moved[near], brain[near]), forward))
+    # Poses are rigid: free to grow, a brain would settle on the scalp.
+    grown, _ = itk.register(
+        (brain, brain_affine), (head, head_affine), "Affine", folder,
+        name="size", seed=seed, fixed_mask=near, start=max(found)[1], options=_SIZE,
+    )  # fmt: skip
     _, inverse = itk.register(
-        (brain, brain_affine), (head, head_affine), "SyN", folder,
-        name="shape", seed=seed, fixed_mask=near, start=max(found)[1], options=_SHAPE,
+        (brain, brain_affine), (head, head_affine), "SyNOnly", folder,
+        name="shape", seed=seed, fixed_mask=near, start=grown, options=_SHAPE,
     )  # fmt: skip
     mask = itk.warp(inside.astype(np.float32), brain_affine, head.shape, head_affine, [inverse])
     return on_grid(mask, head_affine, data.shape, affine) > 0.5
@@ -131,7 +138,7 @@ def mutual_information(one: NDArray[Any], other: NDArray[Any], bins: int = 32) -
 
 def _starts(head: Volume, head_affine: Matrix, inside: Mask, brain_affine: Matrix) -> list[Matrix]:
     """(4, 4) transforms, template points to head points: the top of brain below the top of head, at several pitches."""
-    shown = largest_blob(head > 0.15 * np.percentile(head, 98))
+    shown = largest_blob(head > _FOREGROUND * np.percentile(head, 98))
     points = head_affine[:3, :3] @ np.array(np.nonzero(shown)) + head_affine[:3, 3:]
     top = np.percentile(points[2], 99.5)
     upper = points[:, points[2] > top - 120]  # without neck and most of the face

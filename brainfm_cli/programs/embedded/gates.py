@@ -75,17 +75,31 @@ def check_brain(mask: NDArray[np.bool_], image: NDArray[np.float32], affine: NDA
 
 
 def template_gates(
-    image: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64], template: TemplateImages, settings: EmbeddedSettings
+    image: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    affine: NDArray[np.float64],
+    template: TemplateImages,
+    settings: EmbeddedSettings,
+    *,
+    modality: str = "T1w",
 ) -> list[Gate]:
-    """Likeness of a structural image on the template's grid to the template."""
+    """Likeness of a structural image on the template's grid to the template.
+
+    Of contrasts other than T1w dark and bright change places: there a cubic curve of the template's intensities is compared.
+    """
     inside = on_grid(template.mask, template.affine, image.shape, affine) > 0.5
     model = on_grid(template.brain, template.affine, image.shape, affine)
-    both = inside & mask
-    enough = both.sum() > 100 and image[both].std() > 0
-    # Of contrasts other than T1w dark and bright change places: what counts is how well one tells the other.
-    likeness = abs(float(np.corrcoef(image[both], model[both])[0, 1])) if enough else 0.0
+    both = inside & mask & (model > 0)
+    likeness, low, meaning = 0.0, settings.min_template_correlation, "correlation with the template inside the brain"
+    if both.sum() > 100 and image[both].std() > 0:
+        expected = model[both].astype(np.float64)
+        if modality != "T1w":
+            curve = np.polynomial.Polynomial.fit(expected, image[both].astype(np.float64), 3)
+            expected = np.asarray(curve(expected), np.float64)
+            low, meaning = settings.min_template_correlation_other, "correlation with a cubic curve of the template inside the brain"
+        likeness = float(np.corrcoef(image[both], expected)[0, 1])
     return [
-        Gate(name="template_correlation", value=likeness, low=settings.min_template_correlation, meaning="correlation with the template inside the brain"),
+        Gate(name="template_correlation", value=likeness, low=low, meaning=meaning),
         Gate(name="template_dice", value=dice(mask, inside), low=MIN_TEMPLATE_DICE, meaning="overlap (Dice) of the brain mask with the template's"),
     ]  # fmt: skip
 

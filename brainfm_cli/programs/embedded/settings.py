@@ -31,6 +31,8 @@ class EmbeddedSettings(Frozen):
     """Smallest and largest believable brain mask, in millilitres."""
     min_template_correlation: float = Field(default=0.5, ge=0, le=1)
     """Least correlation of the structural image with the template inside the brain; below, nothing is published."""
+    min_template_correlation_other: float = Field(default=0.35, ge=0, le=1)
+    """The same of structural images that are not T1w, compared by a cubic curve of the template's intensities."""
     min_coverage: float = Field(default=0.8, ge=0, le=1)
     """Least share of the brain mask inside the BOLD field of view; below, nothing is published."""
     seed: int = Field(default=1, ge=1)

@@ -149,7 +149,10 @@ def _add_anatomy(workflow: Workflow, reference: tuple[RawImage, ...], template: 
     unbias = node(anatomical.unbias, name="unbias")
     classify = node(anatomical.classify, name="classify", outputs=("probabilities", "classes"))
     normalise = node(anatomical.normalise, name="normalise", outputs=("forward", "inverse"), template=template, settings=settings)
-    resample = node(anatomical.resample, name="resample", outputs=("images", "gates"), template=template, settings=settings)
+    resample = node(
+        anatomical.resample, name="resample", outputs=("images", "gates"),
+        modality=reference[0].modality, template=template, settings=settings,
+    )  # fmt: skip
     workflow.connect(
         [
             (conform, unbias_head, [("out", "image")]),
