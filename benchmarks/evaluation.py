@@ -143,38 +143,53 @@ def share(hits: int, of: int) -> str:
     return f"{hits / of:.1%} [{low:.1%}, {high:.1%}]"
 
 
+def coverage(pool: ProcessPoolExecutor, cohorts: int) -> None:
+    """Print how often intervals contain the truth."""
+    print("| interval | design | people | coverage (nominal 95 %) |\n|---|---|---|---|")
+    for design in ("independent", "cross-validated"):
+        for people in (40, 100, 300):
+            for method in ("bca", "percentile"):
+                hits = list(pool.map(partial(cover, people=people, effect=1.5, design=design, method=method), range(cohorts), chunksize=10))  # fmt: skip
+                print(f"| {method} | {design} | {people} | {share(sum(hits), len(hits))} |", flush=True)
+
+
+def alarms(pool: ProcessPoolExecutor, cohorts: int) -> None:
+    """Print how often independent labels seem predictable."""
+    print("\n| p from | target | design | people | sites | p ≤ 0.05 | KS p against uniform |\n|---|---|---|---|---|---|---|")
+    ks = []
+    for kind in ("binary", "continuous"):
+        for design in ("holdout", "cross-validated"):
+            for people, sites in ((40, 1), (80, 3)):
+                # refitting is slow: once per kind of target, where it matters
+                refits = 99 if design == "cross-validated" and sites == 3 else 0
+                alarm = partial(false_alarm, people=people, sites=sites, kind=kind, design=design, refits=refits)
+                found = np.array(list(pool.map(alarm, range(cohorts), chunksize=5)))
+                for column, how, steps in ((0, "fixed predictions", 200), (1, "refitting", 100)):
+                    p = found[:, column]
+                    if np.isnan(p).all():
+                        continue
+                    # p values are counts over steps: spread evenly between neighbours they are uniform
+                    ks.append(stats.kstest(p - np.random.default_rng(0).uniform(0, 1 / steps, cohorts), "uniform").pvalue)
+                    hits = share(int(np.sum(p <= 0.05)), cohorts)
+                    print(f"| {how} | {kind} | {design} | {people} | {sites} | {hits} | {ks[-1]:.3f} |", flush=True)
+    print(f"\nSmallest Holm-corrected KS p of {len(ks)}: {min(1.0, min(ks) * len(ks)):.3f}")
+
+
+def sizes(pool: ProcessPoolExecutor, cohorts: int) -> None:
+    """Print how often two equally good rules seem to differ."""
+    print("\n| design | people | bootstrap p ≤ 0.05 | DeLong p ≤ 0.05 |\n|---|---|---|---|")
+    for design in ("independent", "cross-validated"):
+        for people in (60, 200):
+            found = np.array(list(pool.map(partial(paired, people=people, design=design), range(cohorts), chunksize=10)))
+            print(f"| {design} | {people} | {share(int((found[:, 0] <= 0.05).sum()), len(found))} | {share(int((found[:, 1] <= 0.05).sum()), len(found))} |", flush=True)  # fmt: skip
+
+
 def calibration(cohorts: int, processes: int) -> None:
     """Print the tables of the calibration study."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        print("| interval | design | people | coverage (nominal 95 %) |\n|---|---|---|---|")
-        for design in ("independent", "cross-validated"):
-            for people in (40, 100, 300):
-                for method in ("bca", "percentile"):
-                    hits = list(pool.map(partial(cover, people=people, effect=1.5, design=design, method=method), range(2 * cohorts), chunksize=10))  # fmt: skip
-                    print(f"| {method} | {design} | {people} | {share(sum(hits), len(hits))} |", flush=True)
-        print("\n| p from | target | design | people | sites | p ≤ 0.05 | KS p against uniform |\n|---|---|---|---|---|---|---|")
-        ks = []
-        for kind in ("binary", "continuous"):
-            for design in ("holdout", "cross-validated"):
-                for people, sites in ((40, 1), (80, 3)):
-                    # refitting is slow: once per kind of target, where it matters
-                    refits = 99 if design == "cross-validated" and sites == 3 else 0
-                    alarm = partial(false_alarm, people=people, sites=sites, kind=kind, design=design, refits=refits)
-                    found = np.array(list(pool.map(alarm, range(cohorts), chunksize=5)))
-                    for column, how, steps in ((0, "fixed predictions", 200), (1, "refitting", 100)):
-                        p = found[:, column]
-                        if np.isnan(p).all():
-                            continue
-                        # p values are counts over steps: spread evenly between neighbours they are uniform
-                        ks.append(stats.kstest(p - np.random.default_rng(0).uniform(0, 1 / steps, cohorts), "uniform").pvalue)
-                        hits = share(int(np.sum(p <= 0.05)), cohorts)
-                        print(f"| {how} | {kind} | {design} | {people} | {sites} | {hits} | {ks[-1]:.3f} |", flush=True)
-        print(f"\nSmallest Holm-corrected KS p of {len(ks)}: {min(1.0, min(ks) * len(ks)):.3f}")
-        print("\n| design | people | bootstrap p ≤ 0.05 | DeLong p ≤ 0.05 |\n|---|---|---|---|")
-        for design in ("independent", "cross-validated"):
-            for people in (60, 200):
-                found = np.array(list(pool.map(partial(paired, people=people, design=design), range(2 * cohorts), chunksize=10)))
-                print(f"| {design} | {people} | {share(int((found[:, 0] <= 0.05).sum()), len(found))} | {share(int((found[:, 1] <= 0.05).sum()), len(found))} |", flush=True)  # fmt: skip
+        coverage(pool, 2 * cohorts)
+        alarms(pool, cohorts)
+        sizes(pool, 2 * cohorts)
 
 
 def floors(folder: Path, targets: list[str], site: str, repeats: int, among: str) -> None:

@@ -130,7 +130,11 @@ def evaluate(
     results = tuple(
         scorer.result(name, pooled[name], "model" if name in models else "floor", pools.get(name, ()), refitted.get(name)) for name in order
     )
-    differences = tuple(scorer.difference(first, second, pooled) for first in models for second in order if second not in models)
+    differences = tuple(
+        item
+        for first in models
+        for item in _corrected([scorer.difference(first, second, pooled) for second in order if second not in models])
+    )
     metrics = Metrics(
         target=target.name,
         kind=target.kind,
@@ -219,6 +223,13 @@ def _refit_p(
         for name, value in permuted.items():
             reached[name] += value >= real[name] - 1e-12
     return {name: count / (1 + settings.refit_permutations) for name, count in reached.items() if np.isfinite(real[name])}
+
+
+def _corrected(items: Sequence[Difference]) -> list[Difference]:
+    """One model's differences, p corrected for their number."""
+    known = [item.bootstrap_p for item in items if item.bootstrap_p is not None]
+    corrected = iter(uncertainty.holm(known))
+    return [item if item.bootstrap_p is None else item.model_copy(update={"holm_p": next(corrected)}) for item in items]
 
 
 def strata_of(table: pd.DataFrame, columns: Sequence[str], target: str) -> NDArray | None:

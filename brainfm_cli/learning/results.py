@@ -67,6 +67,8 @@ class Difference(Frozen):
     """Upper end."""
     bootstrap_p: float | None = None
     """Two-sided."""
+    holm_p: float | None = None
+    """The same, corrected for the number of comparisons of ``first`` (Holm)."""
     delong_p: float | None = None
     """Two-sided, two classes only."""
     detectable: float | None = None

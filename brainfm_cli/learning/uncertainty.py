@@ -178,6 +178,14 @@ def permutation_p(
     return float((1 + np.sum(score[1:] >= score[0] - tolerance)) / (1 + permutations))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values of several targets or comparisons, corrected for their number (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, np.asarray(p_values)[order] * np.arange(len(order), 0, -1)))
+    return [float(p) for p in corrected]
+
+
 def permuted_names(names: Sequence[str], strata: Sequence[str] | NDArray | None, rng: np.random.Generator) -> dict[str, str]:
     """Every name -> another of its stratum, by a random permutation."""
     order = np.arange(len(names))

@@ -16,6 +16,7 @@ from brainfm_cli.learning.uncertainty import (
     delong,
     detectable_auroc,
     detectable_difference,
+    holm,
     interval,
     leave_one_out_weights,
     over,
@@ -137,6 +138,15 @@ def test_bootstrap_p_counts():
     assert bootstrap_p(np.r_[np.full(99, 1.0)]) == pytest.approx(2 / 100)
     assert bootstrap_p(np.r_[np.full(90, 1.0), np.full(9, -1.0)]) == pytest.approx(20 / 100)
     assert bootstrap_p(np.zeros(99)) == 1.0
+
+
+def test_holm_is_the_step_down_rule():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+    rng = np.random.default_rng(0)
+    false = [min(holm(list(rng.uniform(size=5)))) <= 0.05 for _ in range(4000)]
+    assert np.mean(false) == pytest.approx(0.05, abs=0.012)  # of five true nulls, one or more is rejected one time in twenty
 
 
 def pairs_won(members, p):
