@@ -130,26 +130,24 @@ def _anatomy(outputs: Sequence[Path]) -> Section:
     native = _find(outputs, "anat", "preproc", space=None)
     image, zooms = _load(native)
     brain = _load(_find(outputs, "anat", "brain", space=None))[0] > 0
-    classes = _load(_find(outputs, "anat", None, suffix="dseg", space=None))[0]
-    placed, placed_zooms = _load(_find(outputs, "anat", "preproc"))
+    in_template = _beside(outputs, native)
+    placed, placed_zooms = _load(in_template)
     placed_brain = _load(_find(outputs, "anat", "brain"))[0] > 0
     template = load_template(find_template())
-    model = _on_grid_of(_find(outputs, "anat", "preproc"), template.brain, template.affine)
+    model = _on_grid_of(in_template, template.brain, template.affine)
     tissue = float(np.median(model[placed_brain]))
     suffix = parse_name(native.name)[1]
-    return Section(
-        title="Structure",
-        lead="Rows are axial, coronal and sagittal cuts.",
-        blocks=(
-            _picture(mosaic(image, [_edge(brain, "red")], zooms, inside=brain), f"{suffix} with the outline of the brain mask.", "Brain mask"),
-            _picture(mosaic(image, _tissue_edges(classes), zooms, inside=brain), f"{suffix} with lines around white matter (yellow) and CSF (green).", "Tissues"),
-            _picture(
-                mosaic(placed, [Outline(values=model, levels=(0.35 * tissue, 1.08 * tissue), colours=("red", "orange"))], placed_zooms, inside=placed_brain),
-                f"{suffix} in template space with lines of the template: brain surface (red), border of grey and white matter (orange).",
-                "Registration to the template",
-            ),
-        ),
-    )  # fmt: skip
+    lines = Outline(values=model, levels=(0.35 * tissue, 1.08 * tissue), colours=("red", "orange"))
+    pictures = [
+        _picture(mosaic(image, [_edge(brain, "red")], zooms, inside=brain), f"{suffix} with the outline of the brain mask.", "Brain mask")
+    ]
+    if any(parse_name(path.name)[1] == "dseg" for path in outputs):  # only T1w contrast gives tissues
+        edges = _tissue_edges(_load(_find(outputs, "anat", None, suffix="dseg", space=None))[0])
+        caption = f"{suffix} with lines around white matter (yellow) and CSF (green)."
+        pictures.append(_picture(mosaic(image, edges, zooms, inside=brain), caption, "Tissues"))
+    caption = f"{suffix} in template space with lines of the template: brain surface (red), border of grey and white matter (orange)."
+    pictures.append(_picture(mosaic(placed, [lines], placed_zooms, inside=placed_brain), caption, "Registration to the template"))
+    return Section(title="Structure", lead="Rows are axial, coronal and sagittal cuts.", blocks=tuple(pictures))
 
 
 def _run(outputs: Sequence[Path], name: str) -> Section:
@@ -296,6 +294,17 @@ def _repetition_time(bold: Path) -> float:
 
     image: Any = nib.load(bold)
     return float(image.header.get_zooms()[3])
+
+
+def _beside(outputs: Sequence[Path], native: Path) -> Path:
+    """The same image in template space."""
+    entities, suffix, _ = parse_name(native.name)
+    for path in outputs:
+        found, other, ending = parse_name(path.name)
+        placed = {key: value for key, value in found.items() if key not in {"space", "res"}}
+        if other == suffix and ending == ".nii.gz" and "res" in found and placed == entities:
+            return path
+    raise FileNotFoundError(f"{native.name} is not there in template space")
 
 
 def _find(

@@ -79,10 +79,12 @@ def methods_paragraph(facts: Mapping[str, Any], *, bold: bool) -> str:
         if facts["averaged"] > 1
         else f"the {facts['reference']} image"
     )
+    mixture = "Three tissue classes were found by a Gaussian mixture with a Markov random field. "
+    tissues = mixture if facts["tissues"] else ""
     anatomy = (
         f"Preprocessing was done with the embedded engine of brainfm {brainfm_version()}, a Nipype workflow. Intensity bias of {images} was "
-        f"removed by the algorithm of N4; {_EXTRACTION[facts['method']]}. Three tissue classes were found by a Gaussian mixture with a Markov random field. The brain was "
-        f"registered to {facts['template']} ({facts['template_source']}) by affine and SyN registration in antspyx."
+        f"removed by the algorithm of N4; {_EXTRACTION[facts['method']]}. {tissues}The brain was registered to {facts['template']} "
+        f"({facts['template_source']}) by affine and SyN registration in antspyx."
     )
     if not bold:
         return anatomy
@@ -98,7 +100,8 @@ def methods_paragraph(facts: Mapping[str, Any], *, bold: bool) -> str:
 
 def cited(facts: Mapping[str, Any], *, bold: bool) -> tuple[Citation, ...]:
     """Works that the paragraph rests on."""
-    keys = ["nipype", "n4", *(["deepbet"] if facts["method"] == "deepbet" else []), "mixture", "syn", "template"]
+    keys = ["nipype", "n4", *(["deepbet"] if facts["method"] == "deepbet" else [])]
+    keys += [*(["mixture"] if facts["tissues"] else []), "syn", "template"]
     if bold:
         keys += ["realignment", "information", "power", "rmsd", "compcor", "fmriprep"]
     return tuple(_WORKS[key] for key in keys)

@@ -23,7 +23,8 @@ from brainfm_cli.programs.embedded import EmbeddedSettings, preprocess_participa
 from brainfm_cli.programs.embedded.anatomical import unbias
 from brainfm_cli.programs.embedded.outputs import shared_entities
 from brainfm_cli.programs.embedded.steps import empty_workflow, node
-from brainfm_cli.programs.embedded.workflow import choose_reference, others
+from brainfm_cli.programs.embedded.template import Template
+from brainfm_cli.programs.embedded.workflow import build_workflow, choose_reference, others
 from brainfm_cli.signals.transforms import read_itk
 from tests.programs.heads import AFFINE, t1w, tissues
 
@@ -71,6 +72,15 @@ def test_what_is_missing_is_said(dataset: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no T1w image"):
         choose_reference(without, FULL)
     assert choose_reference(without, ANATOMY) == raw.of("FLAIR")  # for the brain-MRI system any sequence will do
+
+
+def test_only_t1w_contrast_is_divided_into_tissues(dataset: Path, tmp_path: Path) -> None:
+    raw = participant(dataset)
+    template = Template(name="x", source="x", brain=tmp_path / "x", mask=None)
+    for images, wanted in ((raw.images, True), (raw.of("FLAIR"), False)):
+        one = replace(raw, images=images)
+        chain = build_workflow(one, choose_reference(one, ANATOMY), tmp_path / "work", template, ANATOMY, threads=1)
+        assert ("classify" in chain.list_node_names()) is wanted
 
 
 def test_a_done_step_is_not_done_again_and_errors_keep_their_kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from brainfm_cli.reports.preprocess_methods import as_bibtex, as_markdown, cited
 from tests.programs.heads import AFFINE, SHAPE, t1w, tissues
 
 FACTS = {
-    "reference": "T1w", "averaged": 1, "method": "deepbet", "template": "MNI152NLin2009cAsym", "template_source": "TemplateFlow", "slice_timing": True,
+    "reference": "T1w", "averaged": 1, "method": "deepbet", "template": "MNI152NLin2009cAsym", "template_source": "TemplateFlow", "slice_timing": True, "tissues": True,
 }  # fmt: skip
 CODES = np.array([0, 3, 1, 2, 0], np.uint8)  # labels of the test head to those of a dseg
 SPACE = "space-MNI152NLin2009cAsym_res-2_"
@@ -72,6 +73,16 @@ def test_the_page_shows_everything(tmp_path: Path, generator: np.random.Generato
     assert page == participant_page("01", result_of(tmp_path, np.random.default_rng(20261121), bold=bold)).render()
 
 
+def test_the_reference_is_shown_beside_other_sequences_and_without_tissues(tmp_path: Path, generator: np.random.Generator) -> None:
+    result = result_of(tmp_path, generator, bold=False)
+    kept = [path for path in result.outputs if "dseg" not in path.name]
+    shape, affine = output_grid(2)
+    other = write_image(tmp_path / f"sub-01/anat/sub-01_ce-gadolinium_{SPACE}desc-preproc_T1w.nii.gz", np.zeros(shape, np.float32), affine)
+    alone = participant_page("01", replace(result, outputs=tuple(kept))).render()
+    assert alone.count("<figure>") == 2
+    assert participant_page("01", replace(result, outputs=tuple(sorted([*kept, other])))).render() == alone
+
+
 def test_lines_are_drawn_where_the_edge_is() -> None:
     image = np.ones((20, 24, 16), np.float32)
     inside = np.zeros(image.shape, bool)
@@ -101,7 +112,9 @@ def test_methods_say_what_was_done() -> None:
     stripped = {**FACTS, "method": "stripped", "averaged": 2}
     assert "skull-stripped before" in methods_paragraph(stripped, bold=False)
     assert "mean of 2 rigidly aligned T1w images" in methods_paragraph(stripped, bold=False)
-    assert "deepbet" not in {work.key for work in cited(stripped, bold=False)}
+    assert {"deepbet", "mixture"} <= {work.key for work in cited(FACTS, bold=False)}
+    assert not {"deepbet", "mixture"} & {work.key for work in cited({**stripped, "tissues": False}, bold=False)}
+    assert "tissue" not in methods_paragraph({**stripped, "tissues": False}, bold=False)
     bibtex, markdown = as_bibtex(FACTS, bold=True), as_markdown(FACTS, bold=True)
     for work in cited(FACTS, bold=True):
         assert f"@article{{{work.key}," in bibtex

@@ -122,14 +122,14 @@ def resample(
     folder: Path,
     image: str,
     mask: str,
-    classes: str,
+    classes: str | None,
     probabilities: Sequence[str],
     forward: str,
     modality: str,
     template: Template,
     settings: EmbeddedSettings,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Image, mask, classes and probabilities on the template's output grid, and the gates that they must pass.
+    """Image, mask and, where there are any, classes and probabilities on the template's output grid, and their gates.
 
     Raises
     ------
@@ -151,9 +151,11 @@ def resample(
     images = {
         "image": write_image(folder / "image.nii", moved, target, space="template"),
         "mask": write_image(folder / "mask.nii", moved_mask.astype(np.uint8), target, space="template"),
-        "classes": write_image(folder / "classes.nii", place(classes, "nearestNeighbor").astype(np.uint8), target, space="template"),
     }
-    for name, path in zip(TISSUES, probabilities, strict=True):
+    if classes:
+        codes = place(classes, "nearestNeighbor").astype(np.uint8)
+        images["classes"] = write_image(folder / "classes.nii", codes, target, space="template")
+    for name, path in zip(TISSUES if probabilities else (), probabilities, strict=True):
         images[name] = write_image(folder / f"{name}.nii", place(path, "linear").clip(0, 1), target, space="template")
     gates = template_gates(moved, moved_mask, target, load_template(template), settings, modality=modality)
     write_json(folder / "gates.json", [gate.as_row() for gate in gates])

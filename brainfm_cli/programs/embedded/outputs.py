@@ -62,19 +62,25 @@ class Publisher:
         mask_about = {"Type": "Brain", "Method": method}
         self._image(folder, {**base, "desc": "preproc"}, suffix, results["unbias"]["out"], about)
         self._image(folder, {**base, "desc": "brain"}, "mask", results["extract"]["mask"], mask_about)
-        self._image(folder, base, "dseg", results["classify"]["classes"], {"Labels": {"GM": 1, "WM": 2, "CSF": 3}})
-        for label, path in zip(TISSUES, results["classify"]["probabilities"], strict=True):
-            self._image(folder, {**base, "label": label}, "probseg", path, {})
         placed = results["resample"]["images"]
         space = {**base, "space": self.template.name, "res": str(self.settings.resolution)}
         spatial = self._spatial()
         self._image(folder, {**space, "desc": "preproc"}, suffix, placed["image"], about | spatial)
         self._image(folder, {**space, "desc": "brain"}, "mask", placed["mask"], mask_about | spatial)
-        self._image(folder, space, "dseg", placed["classes"], {"Labels": {"GM": 1, "WM": 2, "CSF": 3}, **spatial})
-        for label in TISSUES:
-            self._image(folder, {**space, "label": label}, "probseg", placed[label], spatial)
+        if "classify" in results:
+            self._publish_tissues(folder, base, results["classify"], space, placed)
         for key, (source, target) in {"forward": (suffix, self.template.name), "inverse": (self.template.name, suffix)}.items():
             self._file(folder, {**base, "from": source, "to": target, "mode": "image"}, "xfm", ".h5", results["normalise"][key])
+
+    def _publish_tissues(
+        self, folder: Path, base: Mapping[str, str], found: Mapping[str, Any], space: Mapping[str, str], placed: Mapping[str, str]
+    ) -> None:
+        labels, spatial = {"Labels": {"GM": 1, "WM": 2, "CSF": 3}}, self._spatial()
+        self._image(folder, base, "dseg", found["classes"], labels)
+        self._image(folder, space, "dseg", placed["classes"], labels | spatial)
+        for label, path in zip(TISSUES, found["probabilities"], strict=True):
+            self._image(folder, {**base, "label": label}, "probseg", path, {})
+            self._image(folder, {**space, "label": label}, "probseg", placed[label], spatial)
 
     def publish_other(self, image: RawImage, aligned: Mapping[str, Any], moved: str) -> None:
         """Another sequence in the reference's space and the template's."""

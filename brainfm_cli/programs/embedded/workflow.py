@@ -86,6 +86,7 @@ def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings:
             "reference": reference[0].modality,
             "averaged": len(reference),
             "method": results["extract"]["method"],
+            "tissues": "classify" in results,
             "template": template.name,
             "template_source": template.source,
             "slice_timing": any(results[f"slicetiming{number}"]["moment_s"] is not None for number in range(len(runs))),
@@ -151,18 +152,25 @@ def _add_anatomy(workflow: Workflow, reference: tuple[RawImage, ...], template: 
     normalise = node(anatomical.normalise, name="normalise", outputs=("forward", "inverse"), template=template, settings=settings)
     resample = node(
         anatomical.resample, name="resample", outputs=("images", "gates"),
-        modality=reference[0].modality, template=template, settings=settings,
+        modality=reference[0].modality, template=template, settings=settings, classes=None, probabilities=[],
     )  # fmt: skip
+    # Elsewhere than in T1w the darkest class is not CSF, nor the brightest white matter.
+    with_tissues = reference[0].modality.endswith("T1w")
+    tissue_links = [
+        (unbias, classify, [("out", "image")]),
+        (extract, classify, [("mask", "mask")]),
+        (classify, resample, [("probabilities", "probabilities"), ("classes", "classes")]),
+    ]
     workflow.connect(
         [
             (conform, unbias_head, [("out", "image")]),
             (unbias_head, extract, [("out", "image")]),
             (conform, unbias, [("out", "image")]),
             (extract, unbias, [("mask", "mask")]),
-            *((unbias, later, [("out", "image")]) for later in (classify, normalise, resample)),
-            *((extract, later, [("mask", "mask")]) for later in (classify, normalise, resample)),
-            (classify, resample, [("probabilities", "probabilities"), ("classes", "classes")]),
+            *((unbias, later, [("out", "image")]) for later in (normalise, resample)),
+            *((extract, later, [("mask", "mask")]) for later in (normalise, resample)),
             (normalise, resample, [("forward", "forward")]),
+            *(tissue_links if with_tissues else ()),
         ]
     )
     return {"unbias": unbias, "extract": extract, "classify": classify, "normalise": normalise, "resample": resample}
@@ -228,6 +236,8 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
     notes = []
     if results["extract"]["method"] != "deepbet":
         notes.append(f"the brain mask was found by another way than deepbet: {results['extract']['method']}")
+    if "classify" not in results:
+        notes.append(f"tissues are found in T1w images only: there are none of the {reference[0].modality}")
     if len({image.session for image in raw.t1w}) > 1:
         notes.append(f"T1w images of {len(raw.sessions)} sessions are there; those of session {reference[0].session} are the reference")
     if settings.anat_only:
