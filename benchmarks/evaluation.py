@@ -27,9 +27,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
-from brainfm_cli.learning.floors import LinearFloor, SupportVectorFloor, make_floors
+from brainfm_cli.learning.floors import LinearFloor, make_floors
 from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold
 from brainfm_cli.learning.kernels import Kernel
+from brainfm_cli.learning.machines import SupportVectorFloor
 from brainfm_cli.learning.scores import PRIMARY
 from brainfm_cli.learning.splits import DesignSettings, fixed_split, make_split
 from brainfm_cli.learning.targets import Target, TargetSettings, class_text, participant_table, read_target

@@ -1,4 +1,4 @@
-"""What any model must beat, fitted on the same folds: majority, covariates, linear connectivity, support vectors.
+"""What any model must beat, fitted on the same folds: majority, covariates, regions, linear and kernel models of connectivity.
 
 Everything is fitted inside the fold; what does not depend on it (Gram matrices) comes ready-made from
 :mod:`brainfm_cli.learning.kernels`. Penalties are chosen on inner folds by log-loss (classes) or squared error.
@@ -15,26 +15,26 @@ import pandas as pd
 from pydantic import Field
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.svm import SVC, SVR
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold
 from brainfm_cli.learning.kernels import Kernel, connectivity_kernel, shared_atlases
+from brainfm_cli.learning.linear import choose_penalty, fit_model, penalty_path, rescaled
+from brainfm_cli.learning.machines import KernelRidgeFloor, SupportVectorFloor
+from brainfm_cli.learning.regions import RegionFloor, region_features
 from brainfm_cli.learning.targets import Target, class_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from brainfm_cli.bids.cohort import Cohort
 
-FloorKind = Literal["majority", "covariates", "fisherz", "tangent", "svm"]
-LABELS = {"majority": "Majority", "covariates": "Motion, age, sex, site", "fisherz": "Linear, Fisher-z", "tangent": "Linear, tangent", "svm": "Linear SVM, Fisher-z"}  # fmt: skip
+FloorKind = Literal["majority", "covariates", "means", "spread", "fisherz", "tangent", "svm", "kernel-ridge"]
+LABELS = {"majority": "Majority", "covariates": "Motion, age, sex, site", "fisherz": "Linear, Fisher-z", "tangent": "Linear, tangent", "svm": "Linear SVM, Fisher-z", "kernel-ridge": "Kernel ridge, Fisher-z", "means": "Linear, region means", "spread": "PCA + linear, region SD"}  # fmt: skip
 # Attributes that may be the very definition of a target; site and motion never are: they stay, as confounds.
 _DEFINING = ("age", "sex")
 _NAMES = ("sex", "site", "dataset")
@@ -44,12 +44,14 @@ _SEPARATOR = " · "
 class FloorSettings(Frozen):
     """Which floors stand beside the model, and how they are tuned."""
 
-    kinds: tuple[FloorKind, ...] = ("majority", "covariates", "fisherz", "tangent", "svm")
+    kinds: tuple[FloorKind, ...] = ("majority", "covariates", "means", "spread", "fisherz", "tangent", "svm", "kernel-ridge")
     """Floors to fit."""
     covariates: tuple[str, ...] = ("mean_fd", "kept_fraction", "age", "sex", "site")
     """Columns of the covariate floor; absent ones are named and left out."""
     penalties: tuple[float, ...] = Field(default=(0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0), min_length=1)
     """Inverse penalties C tried on inner folds, for features of mean squared norm 1."""
+    components: int = Field(default=20, ge=1)
+    """Principal components of the region SD, taken from training people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +87,41 @@ def make_floors(cohort: Cohort, target: Target, table: pd.DataFrame, settings: F
             predictors[LABELS["covariates"]] = CovariateFloor(table=typed(table[columns]), penalties=settings.penalties)
         else:
             notes.append("the covariate floor has no column left and is not computed")
-    for kind in ("fisherz", "tangent", "svm"):
-        if kind not in settings.kinds:
+    for kind in settings.kinds:
+        if kind in {"majority", "covariates"}:
             continue
         names = []
         for atlas in atlases:
-            measure: Literal["fisherz", "tangent"] = "tangent" if kind == "tangent" else "fisherz"
-            kernel = kernels.get(atlas) if measure == "fisherz" else None
-            kernel = kernel or connectivity_kernel(cohort, target.participants, atlas, measure)
-            if measure == "fisherz":
-                kernels[atlas] = kernel
+            made = _atlas_floor(kind, cohort, target.participants, atlas, settings, kernels)
+            if isinstance(made, str):
+                notes.append(made)
+                continue
             names.append(LABELS[kind] + (f"{_SEPARATOR}{atlas}" if len(atlases) > 1 else ""))
-            predictors[names[-1]] = (
-                SupportVectorFloor(kernel=kernel) if kind == "svm" else LinearFloor(kernel=kernel, penalties=settings.penalties)
-            )
+            predictors[names[-1]] = made
         if len(names) > 1:
             pools[LABELS[kind]] = tuple(names)
     return Floors(predictors=predictors, pools=pools, notes=tuple(notes), kernels=kernels)
+
+
+def _atlas_floor(
+    kind: FloorKind, cohort: Cohort, participants: Sequence[str], atlas: str, settings: FloorSettings, kernels: dict[str, Kernel]
+) -> Predictor | str:
+    """A floor of one atlas, or why there is none; Fisher-z kernels are kept in ``kernels``."""
+    if kind in {"means", "spread"}:
+        features = region_features(cohort, participants, atlas, "mean" if kind == "means" else "sd")
+        if features is None:
+            return f"'{LABELS[kind]}' is not computed: the series of {atlas} are standardised, so that it is the same for everybody"
+        components = None if kind == "means" else settings.components
+        return RegionFloor(participants=tuple(participants), features=features, components=components, penalties=settings.penalties)
+    if kind == "tangent":
+        return LinearFloor(kernel=connectivity_kernel(cohort, participants, atlas, "tangent"), penalties=settings.penalties)
+    if atlas not in kernels:
+        kernels[atlas] = connectivity_kernel(cohort, participants, atlas, "fisherz")
+    if kind == "svm":
+        return SupportVectorFloor(kernel=kernels[atlas])
+    if kind == "kernel-ridge":
+        return KernelRidgeFloor(kernel=kernels[atlas])
+    return LinearFloor(kernel=kernels[atlas], penalties=settings.penalties)
 
 
 def majority(fold: TrainingFold, test: Sequence[str]) -> Forecast:
@@ -134,12 +154,12 @@ class CovariateFloor:
         ) -> list[NDArray[np.float64]]:
             prepare = _preparation(rows)
             inputs, given = prepare.fit_transform(rows), prepare.transform(outside)
-            return [_fit(model, inputs, observed, value, exact=True)(given) for value in penalties]
+            return [fit_model(model, inputs, observed, value, exact=True)(given) for value in penalties]
 
         def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
             return fitted(people.iloc[train], fold.target.observed[train], people.iloc[validation], self.penalties)
 
-        best, held_out = _choose(fold, path, self.penalties)
+        best, held_out = choose_penalty(fold, path, self.penalties)
         chosen = self.penalties[best]
         return Forecast(test=fitted(people, fold.target.observed, others, [chosen])[0], train=held_out, choices={"C": chosen})
 
@@ -160,64 +180,11 @@ class LinearFloor:
 
         def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
             rows, others = rescaled(inside[train], inside[validation])
-            return _path(model, rows, fold.target.observed[train], others, self.penalties)
+            return penalty_path(model, rows, fold.target.observed[train], others, self.penalties)
 
-        best, held_out = _choose(fold, path, self.penalties)
-        predict = _fit(model, inside, fold.target.observed, self.penalties[best], exact=True)
+        best, held_out = choose_penalty(fold, path, self.penalties)
+        predict = fit_model(model, inside, fold.target.observed, self.penalties[best], exact=True)
         return Forecast(test=predict(outside), train=held_out, choices={"C": self.penalties[best]})
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupportVectorFloor:
-    """Linear support vectors on connectivity; decision values become probabilities by Platt's fit on inner folds."""
-
-    kernel: Kernel
-    """Inner products of the features."""
-    penalties: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
-    """Inverse penalties tried, relative to a mean squared norm of 1."""
-
-    def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
-        """Centre, scale, penalty and Platt's fit from the training people."""
-        inside, outside = self.kernel.coordinates(fold.target.participants, test)
-        if fold.target.kind == "continuous":
-            return self._regression(fold, inside, outside)
-        labels = fold.labels
-        decisions = np.full((len(self.penalties), len(labels), _columns(fold.target)), np.nan)
-        for train, validation in fold.inner:
-            rows, others = rescaled(inside[train], inside[validation])
-            for index, value in enumerate(self.penalties):
-                decisions[index, validation] = _decide(rows, labels[train], others, value)
-        fits = [LogisticRegression(C=1e4, max_iter=1000).fit(values, labels) for values in decisions]
-        losses = [log_loss(labels, platt.predict_proba(values)) for platt, values in zip(fits, decisions, strict=True)]
-        best = int(np.argmin(losses))
-        given = _decide(inside, labels, outside, self.penalties[best])
-        return Forecast(
-            test=fits[best].predict_proba(given), train=fits[best].predict_proba(decisions[best]), choices={"C": self.penalties[best]}
-        )
-
-    def _regression(self, fold: TrainingFold, inside: NDArray[np.float64], outside: NDArray[np.float64]) -> Forecast:
-        def fitted(
-            rows: NDArray[np.float64], values: NDArray[np.float64], others: NDArray[np.float64], penalty: float
-        ) -> NDArray[np.float64]:
-            centre, spread = values.mean(), values.std() or 1.0
-            machine = SVR(kernel="precomputed", C=penalty).fit(rows @ rows.T, (values - centre) / spread)
-            return machine.predict(others @ rows.T) * spread + centre
-
-        def path(train: NDArray[np.int64], validation: NDArray[np.int64]) -> list[NDArray[np.float64]]:
-            rows, others = rescaled(inside[train], inside[validation])
-            return [fitted(rows, fold.target.observed[train], others, value) for value in self.penalties]
-
-        best, held_out = _choose(fold, path, self.penalties)
-        return Forecast(
-            test=fitted(inside, fold.target.observed, outside, self.penalties[best]), train=held_out, choices={"C": self.penalties[best]}
-        )
-
-
-def rescaled(rows: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coordinates of an inner fold, centred on and scaled by its own training rows (mean squared norm 1)."""
-    centre = rows.mean(0)
-    scale = np.sqrt(np.mean(np.sum((rows - centre) ** 2, axis=1)))
-    return (rows - centre) / scale, (others - centre) / scale
 
 
 def usable_covariates(target: Target, table: pd.DataFrame, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -276,57 +243,3 @@ def _preparation(rows: pd.DataFrame) -> ColumnTransformer:
     return ColumnTransformer(
         [("numbers", number, numeric), ("texts", text, [name for name in rows if name not in numeric])], sparse_threshold=0
     )
-
-
-def _choose(
-    fold: TrainingFold, path: Callable[[NDArray[np.int64], NDArray[np.int64]], list[NDArray[np.float64]]], penalties: Sequence[float]
-) -> tuple[int, NDArray[np.float64]]:
-    """(best position in ``penalties``, its inner out-of-fold predictions of the training people)."""
-    observed, classes = fold.target.observed, len(fold.target.classes)
-    held_out = np.full((len(penalties), len(observed), *((classes,) if classes else ())), np.nan)
-    for train, validation in fold.inner:
-        for index, values in enumerate(path(train, validation)):
-            held_out[index, validation] = values
-    if classes:
-        losses = [log_loss(fold.labels, values, labels=range(classes)) for values in held_out]
-    else:
-        losses = [float(np.mean((values - observed) ** 2)) for values in held_out]
-    best = int(np.argmin(losses))  # the first of equals: the strongest penalty
-    return best, held_out[best]
-
-
-def _path(
-    model: str, rows: NDArray[np.float64], observed: NDArray[np.float64], others: NDArray[np.float64], penalties: Sequence[float]
-) -> list[NDArray[np.float64]]:
-    """Predictions for ``others`` along the penalties, each logistic fit starting from the one before."""
-    if model == "ridge":
-        return [_fit(model, rows, observed, value, exact=False)(others) for value in penalties]
-    estimator = LogisticRegression(warm_start=True, tol=1e-6, max_iter=2000)
-    results = []
-    for value in penalties:
-        estimator.set_params(C=value).fit(rows, observed.astype(np.int64))
-        results.append(estimator.predict_proba(others))
-    return results
-
-
-def _fit(
-    model: str, rows: NDArray[np.float64], observed: NDArray[np.float64], penalty: float, *, exact: bool
-) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """A fitted model's prediction function."""
-    if model == "ridge":
-        return Ridge(alpha=1 / penalty).fit(rows, observed).predict
-    labels = observed.astype(np.int64)
-    # Newton converges to rounding; its Hessian grows with the number of classes squared.
-    newton = exact and labels.max() == 1
-    solver = {"solver": "newton-cholesky", "tol": 1e-12} if newton else {"solver": "lbfgs", "tol": 1e-8}
-    return LogisticRegression(C=penalty, max_iter=2000, **solver).fit(rows, labels).predict_proba
-
-
-def _decide(rows: NDArray[np.float64], labels: NDArray[np.int64], others: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-    """(people, columns) decision values of a linear support vector machine."""
-    machine = SVC(kernel="precomputed", C=penalty, decision_function_shape="ovr").fit(rows @ rows.T, labels)
-    return machine.decision_function(others @ rows.T).reshape(len(others), -1)
-
-
-def _columns(target: Target) -> int:
-    return 1 if target.kind == "binary" else len(target.classes)

@@ -54,6 +54,13 @@ class Kernel:
         roots = np.sqrt(values[keep])
         return vectors[:, keep] * roots, across / scale @ (vectors[:, keep] / roots)
 
+    def distances(self, people: Sequence[str], others: Sequence[str]) -> NDArray[np.float64]:
+        """(others, people) squared distances between features. No centre or scale is involved, so nothing is fitted."""
+        place = {name: row for row, name in enumerate(self.participants)}
+        rows, columns = [place[name] for name in others], [place[name] for name in people]
+        norms = self.matrix.diagonal()
+        return np.maximum(norms[rows][:, None] + norms[columns] - 2 * self.matrix[np.ix_(rows, columns)], 0.0)
+
     def similarity(self) -> NDArray[np.float64]:
         """(participants, participants) correlation of centred profiles; 1 is the same scan."""
         means = self.matrix.mean(0)

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from nilearn.connectome import ConnectivityMeasure, sym_matrix_to_vec
 from scipy.linalg import logm
+from scipy.spatial.distance import pdist
 from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+from sklearn.impute import SimpleImputer
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 
 from brainfm_cli.errors import InputDatasetError
@@ -18,7 +24,6 @@ from brainfm_cli.learning.floors import (
     CovariateFloor,
     FloorSettings,
     LinearFloor,
-    SupportVectorFloor,
     majority,
     make_floors,
     typed,
@@ -26,6 +31,8 @@ from brainfm_cli.learning.floors import (
 )
 from brainfm_cli.learning.forecasts import TrainingFold
 from brainfm_cli.learning.kernels import Kernel, connectivity_features, connectivity_kernel, shared_atlases
+from brainfm_cli.learning.machines import KernelRidgeFloor, SupportVectorFloor
+from brainfm_cli.learning.regions import RegionFloor, region_features
 from brainfm_cli.learning.splits import inner_folds
 from brainfm_cli.learning.targets import participant_table, read_target
 from tests.learning.cohorts import (
@@ -167,6 +174,63 @@ def test_support_vectors_are_those_of_sklearn_on_the_edges(edges, kind):
     machine = SVC(kernel="linear", C=10.0).fit(train, observed)
     expected = platt.predict_proba(machine.decision_function(test).reshape(len(test), -1))
     np.testing.assert_allclose(found.test, expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["binary", "continuous"])
+def test_kernel_ridge_is_that_of_sklearn_with_a_gaussian_kernel(edges, kind):
+    target = targets()[kind]
+    fold = fold_of(target)
+    found = KernelRidgeFloor(kernel=kernel_of(edges), penalties=(10.0,))(fold, target.participants[TRAIN:])
+
+    def by_hand(rows, others, values):
+        train, test = standard(rows, others)
+        width = np.median(pdist(train, "sqeuclidean"))
+        return KernelRidge(kernel="rbf", gamma=1 / width, alpha=0.1).fit(train, values - values.mean()).predict(test) + values.mean()
+
+    observed = target.observed[:TRAIN]
+    expected = by_hand(edges[:TRAIN], edges[TRAIN:], observed)
+    if kind == "binary":
+        inside = np.empty(TRAIN)
+        for rows, validation in fold.inner:
+            inside[validation] = by_hand(edges[rows], edges[validation], observed[rows])
+        platt = LogisticRegression(C=1e4, max_iter=1000).fit(inside[:, None], observed)
+        expected = platt.predict_proba(expected[:, None])
+    np.testing.assert_allclose(found.test, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_region_floors_are_a_pipeline_of_sklearn(tmp_path):
+    rng = np.random.default_rng(0)
+    table = plain_table(PEOPLE)
+    labels = np.arange(PEOPLE) % 2
+    gain = np.exp(0.3 * rng.normal(size=(PEOPLE, 8)) + 0.5 * labels[:, None] * (np.arange(8) < 2))
+    series = {name: [100 + 5 * labels[row] + gain[row] * rng.normal(size=(80, 8))] for row, name in enumerate(table.index)}
+    series["p003"][0][:, 4] = np.nan
+    cohort = pack_cohort(tmp_path / "raw", table, series)
+    names = names_of(PEOPLE)
+    spread = region_features(cohort, names, "Toy", "sd")
+    expected = np.log([series[name][0].astype(np.float32).astype(float).std(0) for name in names])
+    np.testing.assert_allclose(spread, expected, atol=1e-6)
+    assert np.isnan(spread[3, 4])
+    means = region_features(cohort, names, "Toy", "mean")
+    np.testing.assert_allclose(means[0], series["p000"][0].mean(0), rtol=1e-6)
+
+    target = binary_target(labels.tolist())
+    found = RegionFloor(participants=tuple(names), features=spread, components=3, penalties=(10.0,))(fold_of(target), names[TRAIN:])
+    by_hand = make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), PCA(3)).fit(spread[:TRAIN])
+    train, test = by_hand.transform(spread[:TRAIN]), by_hand.transform(spread[TRAIN:])
+    scale = np.sqrt(np.mean(np.sum(train**2, axis=1)))
+    model = LogisticRegression(C=10.0, tol=1e-10).fit(train / scale, labels[:TRAIN])
+    np.testing.assert_allclose(found.test, model.predict_proba(test / scale), atol=1e-5)
+
+    kinds = FloorSettings(kinds=("means", "spread"))
+    assert set(make_floors(cohort, target, table, kinds).predictors) == {"Linear, region means", "PCA + linear, region SD"}
+    standardised = {name: [(run[0] - run[0].mean(0)) / run[0].std(0, ddof=1)] for name, run in series.items()}
+    floors = make_floors(pack_cohort(tmp_path / "standardised", table, standardised), target, table, kinds)
+    assert floors.predictors == {}
+    assert [note.split(":")[0] for note in floors.notes] == [
+        "'Linear, region means' is not computed",
+        "'PCA + linear, region SD' is not computed",
+    ]
 
 
 def test_nothing_of_a_test_person_reaches_the_training_coordinates(edges):
