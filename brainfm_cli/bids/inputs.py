@@ -311,7 +311,7 @@ def _run_files(key: RunKey, chosen: _Image, files: Sequence[tuple[tuple[dict[str
     time = chosen.repetition_time
     if not isinstance(time, int | float) or isinstance(time, bool) or not 0 < time < 60:
         raise InputDatasetError(
-            f"RepetitionTime is {'missing' if time is None else time!r}",
+            f"RepetitionTime is {'missing' if time is None else repr(time)}",
             where=bold,
             fix="state RepetitionTime in seconds in the image's JSON",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from brainfm_cli.bids.derivatives import OutputDataset, chained_hash
-from brainfm_cli.bids.inputs import open_source
+from brainfm_cli.bids.inputs import choose_participants, open_source
 from brainfm_cli.stages.parcellate.settings import ParcellateSettings, choose_atlases
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ def parcellate(call: Invocation, settings: ParcellateSettings) -> int:
     """Parcellate participants, or pack the finished ones; gives back the exit code."""
     call = call.model_copy(update={"input_dir": call.input_dir.absolute(), "output_dir": call.output_dir.absolute()})
     source = open_source(call.input_dir)
-    choose_atlases(settings, source, call.datasets)  # an atlas that does not exist ends the run before anything is written
+    # An atlas or a participant that does not exist ends the run before anything is written.
+    choose_atlases(settings, source, call.datasets)
+    if source.kind != "cohort":
+        choose_participants(source.root, call.selection)
     if call.validate_input:
         from brainfm_cli.programs.validator import validate
 
