@@ -216,12 +216,12 @@ def _correlations(confounds: pd.DataFrame) -> Any:  # noqa: ANN401
     from matplotlib.figure import Figure
 
     shown = [name for name in _SHOWN_CONFOUNDS if name in confounds]
-    drawing = Figure(figsize=(5.6, 4.6))
-    axis = drawing.add_axes((0.27, 0.28, 0.6, 0.7))
+    drawing = Figure(figsize=(5.6, 4.9))
+    axis = drawing.add_axes((0.29, 0.34, 0.58, 0.64))
     image = axis.imshow(confounds[shown].corr().to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     axis.set_yticks(range(len(shown)), shown, fontsize=7)
     axis.set_xticks(range(len(shown)), shown, fontsize=7, rotation=90)
-    drawing.colorbar(image, cax=drawing.add_axes((0.89, 0.28, 0.02, 0.7))).ax.tick_params(labelsize=7)
+    drawing.colorbar(image, cax=drawing.add_axes((0.89, 0.34, 0.02, 0.64))).ax.tick_params(labelsize=7)
     return drawing
 
 

@@ -196,6 +196,21 @@ def test_threads_change_nothing(tmp_path: Path, generator: np.random.Generator) 
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize(("scale", "stored"), [(1.0, np.int16), (30.0, np.float32), (0.01, np.float32)])
+def test_brightness_decides_how_a_series_is_stored(tmp_path: Path, generator: np.random.Generator, scale: float, stored: type) -> None:
+    frames = seen_by_scanner(drift(4, generator)) * np.float32(scale)
+    files = chain(tmp_path, frames, generator)
+    identity = str(write_text(tmp_path / "identity.txt", itk_text(np.eye(4))))
+    brain, labels = template_brain(tmp_path)
+    found, _ = sampling.resample_run(
+        folder(tmp_path, "s"), files["about"], files["masks"], files["motion"], files["coreg"], identity, brain, EmbeddedSettings(), 1
+    )
+    image = nib.load(found["bold"])
+    assert image.get_data_dtype() == stored
+    middle = ndimage.binary_erosion(labels == 3, iterations=3)
+    assert np.asarray(image.dataobj)[middle].mean() == pytest.approx(800 * scale, rel=0.02)  # nothing is cut off
+
+
 def test_a_cut_field_of_view_is_refused(tmp_path: Path, generator: np.random.Generator) -> None:
     files = chain(tmp_path, seen_by_scanner(drift(6, generator)), generator)
     high = str(write_text(tmp_path / "high.txt", itk_text(rigid(np.array([0.0, 0, 90, 0, 0, 0]), np.zeros(3)))))

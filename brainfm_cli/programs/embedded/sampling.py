@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 2  # voxels around the brain mask that are written too
 _SEEN = 0.9  # of the frames in which a voxel must lie inside the field of view
-_INTEGER_RANGE = (1000.0, 32_000.0)  # where integers hold a series without loss that matters
+_INTEGER_RANGE = (1000.0, 25_000.0)  # largest values that integers hold without loss that matters, overshoot of splines included
 
 
 def resample_run(
@@ -81,7 +81,7 @@ def resample_run(
     native = folder / "native.npy"
     temporary = temporary_path(native)
     stored = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(moves), len(native_points)))
-    top = float(np.percentile(np.asarray(series.frames[len(series.frames) // 2]), 99.9))
+    top = max(float(frame.max()) for frame in series.frames)
     whole = _INTEGER_RANGE[0] < top < _INTEGER_RANGE[1]
     total = np.zeros(int(written.sum()), np.float64)
     cut = ~covered[written]
