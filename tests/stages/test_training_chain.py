@@ -164,7 +164,7 @@ def test_tuning_keeps_the_backbone_byte_for_byte(chain: Chain) -> None:
     before, after = chain.model("pretrain"), chain.model("tune")
     assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
     record = read_model_config(after).tuning
-    assert (record["name"], record["kind"], record["classes"]) == ("diagnosis_binary", "binary", ["case", "control"])
+    assert (record["name"], record["kind"], record["classes"]) == ("diagnosis_binary", "binary", ["control", "case"])
     assert record["people"] == len(chain.people("discovery"))
     provenance = json.loads((after / "provenance.json").read_text())
     assert provenance["tuned_on"] == sorted(participant_hash("simulated", name) for name in chain.people("discovery"))
@@ -188,9 +188,9 @@ def test_a_person_gets_the_same_prediction_alone_and_in_the_evaluation(chain: Ch
     assert sorted(table.index) == chain.people("holdout")
     for name in chain.people("holdout"):
         values = json.loads((chain.root / "participant" / f"sub-{name}" / f"sub-{name}_desc-brainfm_prediction.json").read_text())
-        assert values["probabilities"]["control"] == pytest.approx(table.loc[name, "p1"], abs=2e-6)
-        assert values["probabilities"]["case"] == pytest.approx(1 - values["probabilities"]["control"], abs=2e-6)
-        assert values["decided"] == ("control" if values["probabilities"]["control"] >= values["threshold"] else "case")
+        assert values["probabilities"]["case"] == pytest.approx(table.loc[name, "p1"], abs=2e-6)
+        assert values["probabilities"]["control"] == pytest.approx(1 - values["probabilities"]["case"], abs=2e-6)
+        assert values["decided"] == ("case" if values["probabilities"]["case"] >= values["threshold"] else "control")
         assert values["seen_in"] == []
         assert values["model"] == chain.model("tune").name
 
@@ -202,7 +202,7 @@ def test_metrics_are_those_of_the_predictions(chain: Chain) -> None:
     for name, people in (("applied", 19), ("refitted", 19), ("inside", 60)):
         found, table = metrics(chain, name), predictions(chain, name)
         assert found["people"] == len(table) == people
-        observed = (truth.loc[table.index, "diagnosis_binary"] == "control").astype(int)
+        observed = (truth.loc[table.index, "diagnosis_binary"] == "case").astype(int)
         np.testing.assert_array_equal(table["observed"], observed)
         scores = found["predictors"][0]["scores"]
         assert scores["auroc"]["value"] == pytest.approx(roc_auc_score(observed, table["p1"]))
@@ -314,7 +314,7 @@ def test_targets_that_are_none_are_refused(chain: Chain, tmp_path: Path, said: C
     assert brainfm("prompt-tune", series, tmp_path / "out", "group", *pretrained) == 78
     assert "target" in said()
     assert brainfm("predict", series, tmp_path / "out", "group", *tuned, "--target", "sex", "--set", HOLDOUT) == 78
-    assert "nobody has 'sex' = case, control" in said()
+    assert "nobody has 'sex' = control, case" in said()
     assert brainfm("pretrain", series, tmp_path / "out", "group", "--system", "brain-unknown") == 78
     assert "'system.kind': Input should be 'brain-graph'" in said()
     assert not (tmp_path / "out" / "models").exists()
@@ -355,7 +355,7 @@ def test_fold_models_of_other_people_are_pretrained_anew(chain: Chain, tmp_path:
     """A cohort that has grown is divided anew: what a fold's model saw before may now be tested."""
     series = shutil.copytree(chain.root / "series", tmp_path / "series")
     cohort, model = Cohort.open(series), chain.model("tune")
-    everybody = read_target(cohort, "diagnosis_binary", TargetSettings(classes=("case", "control"), positive="control"))
+    everybody = read_target(cohort, "diagnosis_binary", TargetSettings(classes=("control", "case"), positive="case"))
 
     def seen_by_fold(people: tuple[str, ...]) -> dict[str, set[str]]:
         request = Request(
