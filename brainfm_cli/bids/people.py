@@ -47,7 +47,7 @@ def copy_participants(table: Path, root: Path, labels: Sequence[str]) -> list[Pa
     try:
         frame = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False)
         frame.index = frame["participant_id"].str.removeprefix("sub-")
-        rows = frame.reindex(list(labels))
+        rows = frame.reindex(list(labels)).replace("", "n/a")  # BIDS has no empty cells
     except (OSError, ValueError, KeyError) as error:
         raise InputDatasetError(
             f"participants.tsv cannot be used: {error}", where=table, fix="it must be a tab-separated UTF-8 table, one row per participant"

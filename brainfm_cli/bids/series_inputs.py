@@ -285,8 +285,9 @@ def _read_table(files: SeriesFiles) -> tuple[tuple[str, ...], bool, NDArray[np.f
     if header is not None and any(_is_decimal(name) for name in first):
         raise InputDatasetError("the series table has no header of region names", where=path, fix="write one name per column on top")
     values = table.to_numpy()
-    if not values.size:
-        raise InputDatasetError("the series table holds no frames", where=path, fix="make it again, or leave the run out")
+    if len(values) < 2 or not values.size:
+        frames = "one frame" if values.size else "no frames"
+        raise InputDatasetError(f"the series table holds {frames}", where=path, fix="make it again, or leave the run out")
     names = tuple(first) if named else tuple(f"region{number + 1:04d}" for number in range(values.shape[1]))
     missing = np.isnan(values)
     partial = missing.any(0) & ~missing.all(0)

@@ -12,7 +12,7 @@ from brainfm_cli.bids.derivatives import link_name
 from brainfm_cli.bids.inputs import find_runs, root_sidecars
 from brainfm_cli.bids.parcellations import atlas_path, read_regions, write_atlas, write_run
 from brainfm_cli.bids.series_inputs import as_run, find_series, read_series
-from brainfm_cli.errors import InputNotFoundError
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 from brainfm_cli.signals.runs import matrices, parcellate_run
 from brainfm_cli.signals.spaces import labels_on_grid
@@ -84,7 +84,21 @@ def take_series(
         }
         sources = tuple(_uri(source, path) for path in (files.series, files.coverage, files.motion, files.outliers) if path)
         results.append(RunResult(run=run, regions=regions, atlas=None, facts=facts, sources=sources, notes=tuple(notes)))
+        _check_ready(results, files)
     return results
+
+
+def _check_ready(results: Sequence[RunResult], files: SeriesFiles) -> None:
+    """Refuse a run without any signal, or as long in one atlas as it is not in another."""
+    last = results[-1].run
+    if np.isnan(last.series).all():
+        raise InputDatasetError("no region has a usable signal", where=files.series, fix="make the series again, or leave the run out")
+    for other in results:
+        if other.run.key == last.key and len(other.run.series) != len(last.series):
+            raise InputDatasetError(
+                f"the series has {len(last.series)} frames in {last.atlas} and {len(other.run.series)} in {other.run.atlas}",
+                where=files.series, fix="make both again with the same denoising",
+            )  # fmt: skip
 
 
 def wanted_series(found: Sequence[SeriesFiles], names: Sequence[str], datasets: Mapping[str, Path]) -> list[SeriesFiles]:
