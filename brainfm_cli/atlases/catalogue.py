@@ -18,9 +18,9 @@ from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Atlas", "find_atlas", "known_atlases"]
+__all__ = ["Atlas", "atlas_labels", "find_atlas", "known_atlases"]
 
 _RESOLUTIONS = ("02", "01")
 
@@ -57,6 +57,17 @@ def find_atlas(name: str, datasets: Mapping[str, Path] = {}) -> Atlas:
     if not separator and (member := _templateflow_member(wanted)) is not None:
         return _from_templateflow(*member, template)
     raise _unknown(name, datasets)
+
+
+def atlas_labels(names: Sequence[str], known: Collection[str], datasets: Mapping[str, Path]) -> tuple[str, ...]:
+    """Labels of atlases named in short or in entity form; labels in ``known`` pass as they are.
+
+    Raises
+    ------
+    InputNotFoundError
+        A name is neither.
+    """
+    return tuple(name if name in known else find_atlas(name, datasets).label for name in names)
 
 
 def known_atlases(datasets: Mapping[str, Path] = {}) -> list[Atlas]:

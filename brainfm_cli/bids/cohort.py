@@ -29,7 +29,7 @@ from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -117,6 +117,27 @@ class Cohort:
     def files(self) -> tuple[Path, ...]:
         """Every file of the cohort, sorted."""
         return tuple(sorted(path for path in self.root.iterdir() if path.is_file() and not path.name.startswith(".")))
+
+    @cached_property
+    def dataset_of(self) -> dict[str, str]:
+        """Name of the dataset of each participant key."""
+        first = self.index.drop_duplicates("participant")
+        return {str(key): str(name) for key, name in zip(first["participant"], first["dataset"], strict=True)}
+
+    def choose_atlases(self, labels: Sequence[str]) -> list[str]:
+        """The atlases of ``labels``, or all where it is empty; sorted.
+
+        Raises
+        ------
+        InputNotFoundError
+            The cohort lacks one.
+        """
+        absent = [label for label in labels if label not in self.atlases]
+        if absent:
+            raise InputNotFoundError(
+                f"the cohort has no atlas '{absent[0]}'", where=self.root, fix=f"it has {', '.join(sorted(self.atlases))}"
+            )
+        return sorted(labels or self.atlases)
 
     @cached_property
     def _stores(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import platform
@@ -15,8 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from brainfm_cli.bids.names import BIDSIGNORE
 from brainfm_cli.config import Settings, digest_of
@@ -117,13 +114,6 @@ def write_tsv(path: Path, table: pd.DataFrame, *, index_label: str | None = None
     """Write a BIDS table atomically: tabs, ``n/a`` for missing values, shortest float text that reads back equal."""
     text = table.to_csv(None, sep="\t", na_rep="n/a", index=index_label is not None, index_label=index_label, lineterminator="\n")
     return write_text(path, text)
-
-
-def write_npy(path: Path, array: np.ndarray) -> Path:
-    """Write an array atomically as .npy without pickling."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return write_bytes(path, buffer.getvalue())
 
 
 @dataclass(frozen=True, kw_only=True)

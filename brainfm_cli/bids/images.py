@@ -50,16 +50,6 @@ def write_series(
     return _write(path, volumes, size, affine, space=space, dtype=np.dtype(dtype), repetition_time_s=repetition_time_s)
 
 
-def write_displacements(path: Path, field: NDArray[np.floating], affine: NDArray[np.float64]) -> Path:
-    """Write a (x, y, z, 3) displacement field as ITK and ANTs read it; gives back the path.
-
-    ``field`` is in RAS millimetres, as everything here; the file counts left and posterior positive, as ITK does.
-    """
-    vectors = (field * np.array([-1.0, -1.0, 1.0])).astype(np.float32)
-    volumes = [vectors[..., axis] for axis in range(3)]
-    return _write(path, volumes, (*field.shape[:3], 1, 3), affine, space="scanner", dtype=np.dtype(np.float32), intent="vector")
-
-
 def sidecar(path: Path) -> Path:
     """The JSON that belongs to a data file."""
     return path.with_name(f"{path.name.partition('.')[0]}.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,23 +103,6 @@ def write_matrix(path: Path, names: Sequence[str], values: NDArray[np.float64], 
     return write_text(path, "\n".join([head, *rows]) + "\n")
 
 
-def read_matrix(path: Path) -> NDArray[np.float64]:
-    """(regions, regions) values of a relationship matrix.
-
-    Raises
-    ------
-    InputDatasetError
-        The table is unreadable or not square.
-    """
-    try:
-        table = pd.read_csv(path, sep="\t", na_values=["n/a"], index_col="Node")
-    except (OSError, ValueError) as error:
-        raise InputDatasetError(f"the matrix is unreadable: {error}", where=path, fix="run the participant again") from error
-    if table.shape[0] != table.shape[1]:
-        raise InputDatasetError(f"the matrix is not square: {table.shape}", where=path, fix="run the participant again")
-    return table.to_numpy(float)
-
-
 def atlas_path(root: Path, label: str, template: str) -> Path:
     """The region table of an atlas in one of our derivatives."""
     return root / f"tpl-{template}" / format_name({"tpl": template} | atlas_entities(label), "dseg", ".tsv")
@@ -180,19 +162,6 @@ def read_regions(root: Path, label: str, template: str) -> RegionTable | None:
     except (OSError, ValueError, KeyError) as error:
         raise InputDatasetError(f"the region table is unreadable: {error}", where=path, fix="run the participant level again") from error
     return RegionTable(names=names, networks=networks, centroids_mm=None if np.isnan(centroids).all() else centroids)
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """The JSON beside one of our tables; empty where there is none."""
-    try:
-        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputDatasetError(
-            f"the sidecar is unreadable: {error}", where=path.with_suffix(".json"), fix="run the participant again"
-        ) from error
-    return values if isinstance(values, dict) else {}
 
 
 def _region_frame(regions: RegionTable, values: Sequence[int] | None) -> pd.DataFrame:

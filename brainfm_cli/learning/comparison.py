@@ -120,13 +120,12 @@ class _Backbones:
         """The model as a predictor."""
         if self.request.mode == "refit":
             return TunedPredictor(prepared=self.prepared, settings=self.tuning)
-        datasets = {str(name): str(value) for name, value in self.table["dataset"].items()}
         return AppliedPredictor(
             system=self._given,
             inputs=self._inputs(self._given),
             atlases=load_tuned(self.request.model, self.request.record),
             weights=self.request.record.weights,
-            held_out=read_held_out(self.request.model / "held_out.tsv", self.request.target.participants, datasets),
+            held_out=read_held_out(self.request.model / "held_out.tsv", self.request.target.participants, self.request.cohort.dataset_of),
         )
 
     def prepared(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Execution, Settings
-from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
 from brainfm_cli.learning.samples import (
@@ -177,7 +177,7 @@ def prepare(factory: SystemFactory, settings: PretrainingSettings, cohort: Cohor
     InputDatasetError
         No run is long enough, or fewer than two people train.
     """
-    atlases = _atlases(cohort, settings.atlases)
+    atlases = cohort.choose_atlases(settings.atlases)
     training, validation = hold_out(participants, settings.validation_fraction, seed=settings.seed)
     if len(training) < 2:
         raise InputDatasetError(
@@ -247,26 +247,17 @@ def _whole(prepared: Prepared) -> Iterator[Windows]:
             yield whole_scans(prepared.source.cohort, scans[start : start + _NORMALISATION_BATCH], label)
 
 
-def _atlases(cohort: Cohort, wanted: Sequence[str]) -> list[str]:
-    absent = [label for label in wanted if label not in cohort.atlases]
-    if absent:
-        raise InputNotFoundError(
-            f"the cohort has no atlas '{absent[0]}'", where=cohort.root, fix=f"it has {', '.join(sorted(cohort.atlases))}"
-        )
-    return sorted(wanted or cohort.atlases)
-
-
 def _provenance(prepared: Prepared, settings: PretrainingSettings, result: TrainingResult) -> dict[str, Any]:
-    datasets = prepared.source.cohort.index.drop_duplicates("participant").set_index("participant")["dataset"]
+    datasets = prepared.source.cohort.dataset_of
 
     def hashes(people: Sequence[str]) -> list[str]:
-        return sorted(participant_hash(str(datasets[key]), key) for key in people)
+        return sorted(participant_hash(datasets[key], key) for key in people)
 
     position = result.position
     return {
         "pretrained_on": hashes(prepared.training),
         "validated_on": hashes(prepared.validation),
-        "datasets": sorted({str(datasets[key]) for key in (*prepared.training, *prepared.validation)}),
+        "datasets": sorted({datasets[key] for key in (*prepared.training, *prepared.validation)}),
         "atlases": list(prepared.atlases),
         "scans": len(prepared.source.scans),
         "seed": settings.seed,

@@ -117,7 +117,8 @@ def tune(
     tuned: dict[str, TunedAtlas] = {}
     held_out: dict[str, NDArray[np.float64]] = {}
     for label, one in inputs.items():
-        rows = np.array([row for row, name in enumerate(target.participants) if name in set(one.participants)], dtype=np.int64)
+        having = set(one.participants)
+        rows = np.array([row for row, name in enumerate(target.participants) if name in having], dtype=np.int64)
         if not len(rows):
             continue
         people = one.positions([target.participants[row] for row in rows])

@@ -75,7 +75,6 @@ class _Loaded:
     record: TargetRecord
     atlases: Mapping[str, AtlasModel]
     seen: Mapping[str, set[str]]
-    datasets: Mapping[str, str]
 
 
 def predict(call: Invocation, settings: PredictSettings) -> int:
@@ -154,7 +153,7 @@ def write_prediction(cohort_dir: Path, model: Path, root: Path, participant: str
     inputs = prepare_inputs(loaded.system, loaded.cohort, [participant], record.atlases)
     single = forecast_by_atlas(loaded.system, inputs, loaded.atlases, [participant])
     pooled = weighted_mean(single, record.weights, 1)[0]
-    key = participant_hash(loaded.datasets[participant], participant)
+    key = participant_hash(loaded.cohort.dataset_of[participant], participant)
     values: dict[str, Any] = {"participant": participant, "target": record.name, "kind": record.kind, "model": model.name}
     if record.kind == "continuous":
         values |= {"value": round(float(pooled[0]), 6), "atlases": {label: round(float(one[0, 0]), 6) for label, one in single.items()}}
@@ -202,9 +201,7 @@ def _load(cohort_dir: Path, model: Path, device: str) -> _Loaded:
     cohort, record, system = Cohort.open(cohort_dir), _record(model), load_system(model)
     system.module.to(choose_device(device))
     system.usable_atlases(cohort)
-    first = cohort.index.drop_duplicates("participant")
-    datasets = {str(name): str(value) for name, value in zip(first["participant"], first["dataset"], strict=True)}
-    return _Loaded(system=system, cohort=cohort, record=record, atlases=load_tuned(model, record), seen=read_seen(model), datasets=datasets)
+    return _Loaded(system=system, cohort=cohort, record=record, atlases=load_tuned(model, record), seen=read_seen(model))
 
 
 def _record(model: Path) -> TargetRecord:

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from brainfm_cli.atlases.catalogue import find_atlas
+from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
@@ -20,7 +20,6 @@ from brainfm_cli.reports.training import training_page
 from brainfm_cli.systems import SystemSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from brainfm_cli.config import Execution, Invocation
@@ -39,7 +38,7 @@ def pretrain(call: Invocation, settings: PretrainSettings) -> int:
     """Train and write ``models/<id>``; gives back the exit code."""
     choose_device(call.execution.device)
     cohort = Cohort.open(call.input_dir)
-    settings = settings.model_copy(update={"atlases": _labels(cohort, settings.atlases, call)})
+    settings = settings.model_copy(update={"atlases": atlas_labels(settings.atlases, cohort.atlases, call.datasets)})
     participants = select_participants(cohort, settings.where, call.selection.participant_label)
     if call.dry_run:
         _print_plan(prepare(settings.system, settings, cohort, participants), settings)
@@ -141,7 +140,7 @@ def _report(name: str, prepared: Prepared, settings: PretrainSettings, result: T
 
 
 def _people(prepared: Prepared) -> pd.DataFrame:
-    datasets = prepared.source.cohort.index.drop_duplicates("participant").set_index("participant")["dataset"]
+    datasets = pd.Series(prepared.source.cohort.dataset_of)
     sides = {"training": prepared.training, "held out": prepared.validation}
     rows = [
         (side, str(name), int(count))
@@ -149,11 +148,6 @@ def _people(prepared: Prepared) -> pd.DataFrame:
         for name, count in datasets[list(keys)].value_counts(sort=False).items()
     ]
     return pd.DataFrame(rows, columns=["role", "dataset", "people"])
-
-
-def _labels(cohort: Cohort, names: Sequence[str], call: Invocation) -> tuple[str, ...]:
-    """Atlas labels of short names; labels of the cohort pass as they are."""
-    return tuple(name if name in cohort.atlases else find_atlas(name, call.datasets).label for name in names)
 
 
 def _parameters(prepared: Prepared) -> int:

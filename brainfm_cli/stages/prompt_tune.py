@@ -11,12 +11,12 @@ import pandas as pd
 from pydantic import Field
 from rich.console import Console
 
-from brainfm_cli.atlases.catalogue import find_atlas
+from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
-from brainfm_cli.errors import InputNotFoundError, InternalError, UsageError
+from brainfm_cli.errors import InternalError, UsageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import select_participants
@@ -205,14 +205,10 @@ Foundation Model (Wei et al., ICLR 2026), whose graph prompts it uses.
 
 
 def _atlases(cohort: Cohort, known: list[str], settings: PromptTuneSettings, call: Invocation) -> tuple[str, ...]:
-    wanted = [name if name in cohort.atlases else find_atlas(name, call.datasets).label for name in settings.atlases]
-    shared = [label for label in wanted or sorted(cohort.atlases) if label in known]
-    absent = [label for label in wanted if label not in cohort.atlases]
-    if absent:
-        raise InputNotFoundError(
-            f"the cohort has no atlas '{absent[0]}'", where=cohort.root, fix=f"it has {', '.join(sorted(cohort.atlases))}"
-        )
-    return tuple(shared or wanted or sorted(cohort.atlases))
+    wanted = atlas_labels(settings.atlases, cohort.atlases, call.datasets)
+    found = cohort.choose_atlases(wanted)
+    shared = [label for label in wanted or found if label in known]
+    return tuple(shared or wanted or found)
 
 
 def _state_hash(system: System) -> str:

@@ -13,7 +13,7 @@ from brainfm_cli.atlases.catalogue import find_atlas
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals import cifti
 from brainfm_cli.signals.cifti import average_grayordinates
-from tests.stages.test_bad_input import brainfm
+from tests.stages.command import brainfm
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import shutil
-import signal
 from typing import TYPE_CHECKING
 
 import nibabel as nib
@@ -14,26 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfm_cli import cli
 from brainfm_cli.errors import EXIT_BAD_DATA, EXIT_NOT_FOUND, EXIT_OUTPUT, EXIT_PARTIAL, EXIT_SETTINGS, EXIT_USAGE
 from tests import synthetic_bids as synthetic
+from tests.stages.command import brainfm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 SPACE = f"space-{synthetic.TEMPLATE}_res-2"
-
-
-def brainfm(*arguments: object) -> int:
-    """Exit code of a command line, run in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.programs.validator import validate
 from tests import synthetic_bids as synthetic
-from tests.stages.test_bad_input import brainfm
+from tests.stages.command import brainfm
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from brainfm_cli.bids.people import copy_participants, find_participants_table
 from brainfm_cli.errors import EXIT_BAD_DATA, EXIT_NOT_FOUND, EXIT_PARTIAL, EXIT_SETTINGS, EXIT_USAGE, EXIT_VALIDATION
 from brainfm_cli.programs.validator import validate
 from tests import synthetic_bids as synthetic
-from tests.stages.test_bad_input import brainfm
+from tests.stages.command import brainfm
 
 if TYPE_CHECKING:
     from pathlib import Path

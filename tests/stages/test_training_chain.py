@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfm_cli import cli
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.config import Execution
 from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
@@ -25,6 +23,7 @@ from brainfm_cli.learning.targets import TargetSettings, read_target
 from brainfm_cli.learning.tuned import TargetRecord
 from brainfm_cli.programs.validator import validate
 from brainfm_cli.systems import load_system
+from tests.stages.command import brainfm as run_command
 
 ATLAS = "Schaefer2018_seg-7n_scale-100"
 QUICK = (
@@ -50,14 +49,8 @@ EVALUATION = {
 
 
 def brainfm(*arguments: object) -> int:
-    """Exit code of a command line, run in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, arguments), "--device", "cpu"] if arguments[0] != "simulate" else [*map(str, arguments)])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return int(ended.value.code or 0)
+    """Exit code of a command line; training runs on the CPU."""
+    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
 
 
 @dataclass
