@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-    from brainfm_cli.programs.embedded import EmbeddedResult
+    from brainfm_cli.programs.embedded.workflow import EmbeddedResult
 
 Volume = NDArray[np.float32]
 _DPI, _COLOURS, _CUTS = 90, 192, 7

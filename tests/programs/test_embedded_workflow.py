@@ -16,20 +16,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfm_cli.bids.raw import RawParticipant, read_raw_participant
+from brainfm_cli.bids.raw import RawParticipant, RawRun, read_raw_participant
 from brainfm_cli.config import Selection
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
-from brainfm_cli.programs.embedded import EmbeddedSettings, preprocess_participant
 from brainfm_cli.programs.embedded.anatomical import unbias
 from brainfm_cli.programs.embedded.outputs import shared_entities
+from brainfm_cli.programs.embedded.settings import EmbeddedSettings
 from brainfm_cli.programs.embedded.steps import empty_workflow, node
 from brainfm_cli.programs.embedded.template import Template
-from brainfm_cli.programs.embedded.workflow import build_workflow, choose_reference, others
+from brainfm_cli.programs.embedded.workflow import build_workflow, choose_reference, others, preprocess_participant
+from brainfm_cli.records import RunKey
 from brainfm_cli.signals.transforms import read_itk
 from tests.programs.heads import AFFINE, t1w, tissues
 
-FULL = EmbeddedSettings()
-ANATOMY = EmbeddedSettings(anat_only=True)
+SETTINGS = EmbeddedSettings()
 
 
 def save(path: Path, generator: np.random.Generator) -> Path:
@@ -58,7 +58,7 @@ def participant(root: Path, label: str = "01") -> RawParticipant:
 
 def test_t1w_images_of_one_session_are_averaged(dataset: Path) -> None:
     raw = participant(dataset)
-    reference = choose_reference(raw, ANATOMY)
+    reference = choose_reference(raw)
     assert [image.path.name for image in reference] == ["sub-01_ses-1_run-1_T1w.nii.gz", "sub-01_ses-1_run-2_T1w.nii.gz"]
     assert shared_entities(reference) == {"sub": "01", "ses": "1"}
     assert {image.path.name for image in others(raw, reference)} == {"sub-01_ses-1_FLAIR.nii.gz", "sub-01_ses-2_T1w.nii.gz"}
@@ -66,12 +66,13 @@ def test_t1w_images_of_one_session_are_averaged(dataset: Path) -> None:
 
 def test_what_is_missing_is_said(dataset: Path) -> None:
     raw = participant(dataset)
-    with pytest.raises(InputNotFoundError, match="no BOLD run"):
-        choose_reference(raw, FULL)
     without = replace(raw, images=raw.of("FLAIR"))
+    assert choose_reference(without) == raw.of("FLAIR")  # for the brain-MRI system any sequence will do
+    run = RawRun(path=dataset, key=RunKey(participant="01", task="rest"), metadata={}, repetition_time_s=2.0, sbref=None)
     with pytest.raises(InputNotFoundError, match="no T1w image"):
-        choose_reference(without, FULL)
-    assert choose_reference(without, ANATOMY) == raw.of("FLAIR")  # for the brain-MRI system any sequence will do
+        choose_reference(replace(without, bold=(run,)))
+    with pytest.raises(InputNotFoundError, match="no structural image"):
+        choose_reference(replace(raw, images=(), bold=()))
 
 
 def test_only_t1w_contrast_is_divided_into_tissues(dataset: Path, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_only_t1w_contrast_is_divided_into_tissues(dataset: Path, tmp_path: Path
     template = Template(name="x", source="x", brain=tmp_path / "x", mask=None)
     for images, wanted in ((raw.images, True), (raw.of("FLAIR"), False)):
         one = replace(raw, images=images)
-        chain = build_workflow(one, choose_reference(one, ANATOMY), tmp_path / "work", template, ANATOMY, threads=1)
+        chain = build_workflow(one, choose_reference(one), tmp_path / "work", template, SETTINGS, seed=1, threads=1)
         assert ("classify" in chain.list_node_names()) is wanted
 
 
@@ -116,7 +117,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     raw = participant(root, "001")
     killed = _kill_in_the_middle(root, base)
     started = time.time()
-    result = preprocess_participant(raw, base / "out", base / "work", FULL, nthreads=1)
+    result = preprocess_participant(raw, base / "out", base / "work", SETTINGS, seed=1, nthreads=1)
     return {"base": base, "raw": raw, "result": result, "killed": killed, "started": started}
 
 
@@ -124,9 +125,10 @@ def _kill_in_the_middle(root: Path, base: Path) -> list[str]:
     """Start in another process, kill it once the brain is extracted; gives back the steps that were done."""
     program = (
         "from pathlib import Path; from brainfm_cli.bids.raw import read_raw_participant; from brainfm_cli.config import Selection;"
-        "from brainfm_cli.programs.embedded import EmbeddedSettings, preprocess_participant;"
+        "from brainfm_cli.programs.embedded.settings import EmbeddedSettings;"
+        "from brainfm_cli.programs.embedded.workflow import preprocess_participant;"
         f"raw = read_raw_participant(Path({str(root)!r}), '001', Selection());"
-        f"preprocess_participant(raw, Path({str(base / 'out')!r}), Path({str(base / 'work')!r}), EmbeddedSettings(), nthreads=1)"
+        f"preprocess_participant(raw, Path({str(base / 'out')!r}), Path({str(base / 'work')!r}), EmbeddedSettings(), seed=1, nthreads=1)"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 600

@@ -12,8 +12,8 @@ from scipy.signal import detrend
 
 from brainfm_cli.bids.derivatives import write_tsv
 from brainfm_cli.bids.images import write_image, write_series
-from brainfm_cli.programs.embedded import EmbeddedResult
 from brainfm_cli.programs.embedded.template import output_grid
+from brainfm_cli.programs.embedded.workflow import EmbeddedResult
 from brainfm_cli.reports.preprocess import Outline, carpet_rows, mosaic, participant_page
 from brainfm_cli.reports.preprocess_methods import as_bibtex, as_markdown, cited, methods_paragraph
 from tests.programs.heads import AFFINE, SHAPE, t1w, tissues

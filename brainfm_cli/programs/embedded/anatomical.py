@@ -61,7 +61,7 @@ def unbias(folder: Path, image: str, mask: str | None) -> str:
     return str(write_image(folder / "unbiased.nii", values, affine))
 
 
-def extract(folder: Path, image: str, modality: str, template: Template, settings: EmbeddedSettings) -> tuple[str, str]:
+def extract(folder: Path, image: str, modality: str, template: Template, settings: EmbeddedSettings, seed: int) -> tuple[str, str]:
     """Brain mask and the name of the method that found it.
 
     Raises
@@ -72,7 +72,7 @@ def extract(folder: Path, image: str, modality: str, template: Template, setting
     values, affine = read_ras(Path(image))
     refused = []
     for method in _methods(values, affine, modality, settings):
-        mask = _extract_with(method, values, affine, template, folder, settings.seed)
+        mask = _extract_with(method, values, affine, template, folder, seed)
         mask = brain.largest_blob(mask) if mask.any() else mask
         gate = check_brain(mask, values, affine, settings)
         if gate.passed:
@@ -104,7 +104,7 @@ def classify(folder: Path, image: str, mask: str) -> tuple[list[str], str]:
     return [str(path) for path in paths], str(write_image(folder / "classes.nii", codes.astype(np.uint8), affine))
 
 
-def normalise(folder: Path, image: str, mask: str, template: Template, settings: EmbeddedSettings) -> tuple[str, str]:
+def normalise(folder: Path, image: str, mask: str, template: Template, settings: EmbeddedSettings, seed: int) -> tuple[str, str]:
     """Composite transforms as ``.h5``: the one that brings images onto the template, and the one that brings them back."""
     values, affine = read_ras(Path(image))
     inside = read_ras(Path(mask))[0] > 0
@@ -114,7 +114,7 @@ def normalise(folder: Path, image: str, mask: str, template: Template, settings:
     moving = coarser(np.where(inside, values, 0)[box], moved_affine(affine, box), size_mm)
     fixed = coarser(wanted.brain, wanted.affine, size_mm)
     options = _AFFINE | _SHAPE[settings.registration]
-    forward, inverse = itk.register(fixed, moving, "SyN", folder, name="template", seed=settings.seed, options=options)
+    forward, inverse = itk.register(fixed, moving, "SyN", folder, name="template", seed=seed, options=options)
     return str(forward), str(inverse)
 
 

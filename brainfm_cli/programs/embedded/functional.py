@@ -136,7 +136,7 @@ def time_slices(folder: Path, about: str, times_s: Sequence[float] | None, direc
     return str(write_json(folder / "series.json", changed)), target
 
 
-def coregister(folder: Path, boldref: str, t1w: str, mask: str, settings: EmbeddedSettings) -> tuple[str, float]:
+def coregister(folder: Path, boldref: str, t1w: str, mask: str, settings: EmbeddedSettings, seed: int) -> tuple[str, float]:
     """The transform from structural points to reference points as ITK text, and the mutual information reached.
 
     Two beginnings are tried, because either may be far off: that scanner coordinates agree, and that centres of mass do.
@@ -153,7 +153,7 @@ def coregister(folder: Path, boldref: str, t1w: str, mask: str, settings: Embedd
     for name, start in (("header", header), ("mass", None)):
         forward, _ = itk.register(
             (fixed, fixed_affine), (reference, reference_affine), kind, folder,
-            name=name, seed=settings.seed, fixed_mask=near, start=start, options=_COREGISTRATION,
+            name=name, seed=seed, fixed_mask=near, start=start, options=_COREGISTRATION,
         )  # fmt: skip
         moved = itk.warp(reference, reference_affine, fixed.shape, fixed_affine, [forward])
         score = mutual_information(moved[near], fixed[near])

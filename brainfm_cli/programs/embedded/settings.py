@@ -25,8 +25,6 @@ class EmbeddedSettings(Frozen):
     """Degrees of freedom between BOLD reference and T1w: 6 rigid, 12 affine."""
     slice_timing: bool = True
     """Correct for slice timing where SliceTiming is stated."""
-    anat_only: bool = False
-    """Structural images only."""
     brain_ml: tuple[float, float] = (900.0, 2000.0)
     """Smallest and largest believable brain mask, in millilitres."""
     min_template_correlation: float = Field(default=0.5, ge=0, le=1)
@@ -35,5 +33,3 @@ class EmbeddedSettings(Frozen):
     """The same of structural images that are not T1w, compared by a cubic curve of the template's intensities."""
     min_coverage: float = Field(default=0.8, ge=0, le=1)
     """Least share of the brain mask inside the BOLD field of view; below, nothing is published."""
-    seed: int = Field(default=1, ge=1)
-    """Seed of registration; repeats are bit-identical at one thread."""

@@ -42,7 +42,9 @@ class EmbeddedResult:
     """What was done, for the methods paragraph: reference modality, extraction method, template source and the like."""
 
 
-def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings: EmbeddedSettings, *, nthreads: int) -> EmbeddedResult:
+def preprocess_participant(
+    raw: RawParticipant, out: Path, work: Path, settings: EmbeddedSettings, *, seed: int, nthreads: int
+) -> EmbeddedResult:
     """Preprocess one participant; a killed call goes on where it was when it is made again with the same ``work``.
 
     Parameters
@@ -51,6 +53,8 @@ def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings:
         Root of the output dataset.
     work
         Folder of this participant's own, kept between calls.
+    seed
+        Of registration, at least 1.
     nthreads
         Threads of registration and resampling; results are bit-identical between repeats at one.
 
@@ -61,27 +65,26 @@ def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings:
     """
     from threadpoolctl import threadpool_limits
 
-    itk.prepare(nthreads, settings.seed)
+    itk.prepare(nthreads, seed)
     template = find_template()
-    reference = choose_reference(raw, settings)
+    reference = choose_reference(raw)
     work.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(nthreads):
-        results = _run(build_workflow(raw, reference, work, template, settings, threads=nthreads), f"sub-{raw.label}")
+        results = _run(build_workflow(raw, reference, work, template, settings, seed=seed, threads=nthreads), f"sub-{raw.label}")
     publisher = Publisher(raw=raw, reference=reference, out=out, template=template, settings=settings)
     publisher.publish_anatomy(results)
     for number, image in enumerate(others(raw, reference)):
         publisher.publish_other(image, results[f"align{number}"], results[f"move{number}"]["out"])
-    runs = () if settings.anat_only else raw.bold
-    for number, run in enumerate(runs):
+    for number, run in enumerate(raw.bold):
         publisher.publish_run(run, results, number)
     gates = {"anat": tuple(results["resample"]["gates"])}
-    gates |= {run.key.name: (results[f"sample{number}"]["gate"],) for number, run in enumerate(runs)}
+    gates |= {run.key.name: (results[f"sample{number}"]["gate"],) for number, run in enumerate(raw.bold)}
     likeness = {gate["name"]: round(gate["value"], 4) for gate in gates["anat"]}
     return EmbeddedResult(
         outputs=tuple(sorted(publisher.written)),
-        notes=tuple(_notes(raw, reference, results, settings)),
+        notes=tuple(_notes(raw, reference, results)),
         gates=gates,
-        measures={run.key.name: dict(likeness) for run in runs},
+        measures={run.key.name: dict(likeness) for run in raw.bold},
         facts={
             "reference": reference[0].modality,
             "averaged": len(reference),
@@ -89,24 +92,22 @@ def preprocess_participant(raw: RawParticipant, out: Path, work: Path, settings:
             "tissues": "classify" in results,
             "template": template.name,
             "template_source": template.source,
-            "slice_timing": any(results[f"slicetiming{number}"]["moment_s"] is not None for number in range(len(runs))),
+            "slice_timing": any(results[f"slicetiming{number}"]["moment_s"] is not None for number in range(len(raw.bold))),
         },
     )
 
 
-def choose_reference(raw: RawParticipant, settings: EmbeddedSettings) -> tuple[RawImage, ...]:
+def choose_reference(raw: RawParticipant) -> tuple[RawImage, ...]:
     """The images whose space everything is brought into: the T1w images, or else the first modality that is there.
 
     Raises
     ------
     InputNotFoundError
-        There is no structural image, or only others than T1w and BOLD runs are to be preprocessed.
+        There is no structural image, or only others than T1w where there are BOLD runs.
     """
     where = raw.root / f"sub-{raw.label}"
-    if not settings.anat_only and not raw.t1w:
+    if raw.bold and not raw.t1w:
         raise InputNotFoundError("there is no T1w image", where=where, fix="preprocess structural images of any kind with --anat-only")
-    if not settings.anat_only and not raw.bold:
-        raise InputNotFoundError("there is no BOLD run", where=where, fix="preprocess structural images only with --anat-only")
     for modality in _REFERENCES:
         if found := raw.of(modality):
             # Averages are of one session: between sessions brains change.
@@ -116,19 +117,24 @@ def choose_reference(raw: RawParticipant, settings: EmbeddedSettings) -> tuple[R
 
 
 def build_workflow(
-    raw: RawParticipant, reference: tuple[RawImage, ...], work: Path, template: Template, settings: EmbeddedSettings, *, threads: int
+    raw: RawParticipant,
+    reference: tuple[RawImage, ...],
+    work: Path,
+    template: Template,
+    settings: EmbeddedSettings,
+    *,
+    seed: int,
+    threads: int,
 ) -> Workflow:
     """The nodes of one participant: a structural chain, other sequences, and a chain for each run."""
     from brainfm_cli.programs.embedded.steps import empty_workflow
 
     workflow = empty_workflow("embedded", work)
-    for_steps = settings.model_copy(update={"anat_only": False})  # no step depends on it: anatomy alone serves the rest later
-    anatomy = _add_anatomy(workflow, reference, template, for_steps)
+    anatomy = _add_anatomy(workflow, reference, template, settings, seed)
     for number, image in enumerate(others(raw, reference)):
-        _add_other(workflow, number, image, anatomy, for_steps)
-    if not settings.anat_only:
-        for number, run in enumerate(raw.bold):
-            _add_run(workflow, number, run, anatomy, for_steps, threads)
+        _add_other(workflow, number, image, anatomy, settings, seed)
+    for number, run in enumerate(raw.bold):
+        _add_run(workflow, number, run, anatomy, settings, seed, threads)
     return workflow
 
 
@@ -137,19 +143,23 @@ def others(raw: RawParticipant, reference: tuple[RawImage, ...]) -> tuple[RawIma
     return tuple(image for image in raw.images if image not in reference)
 
 
-def _add_anatomy(workflow: Workflow, reference: tuple[RawImage, ...], template: Template, settings: EmbeddedSettings) -> dict[str, Node]:
+def _add_anatomy(
+    workflow: Workflow, reference: tuple[RawImage, ...], template: Template, settings: EmbeddedSettings, seed: int
+) -> dict[str, Node]:
     from brainfm_cli.programs.embedded.steps import node
 
     images = [str(image.path) for image in reference]
-    conform = node(anatomical.conform, name="conform", images=images, seed=settings.seed)
+    conform = node(anatomical.conform, name="conform", images=images, seed=seed)
     unbias_head = node(anatomical.unbias, name="unbias_head", mask=None)
     extract = node(
         anatomical.extract, name="extract", outputs=("mask", "method"),
-        modality=reference[0].modality, template=template, settings=settings,
+        modality=reference[0].modality, template=template, settings=settings, seed=seed,
     )  # fmt: skip
     unbias = node(anatomical.unbias, name="unbias")
     classify = node(anatomical.classify, name="classify", outputs=("probabilities", "classes"))
-    normalise = node(anatomical.normalise, name="normalise", outputs=("forward", "inverse"), template=template, settings=settings)
+    normalise = node(
+        anatomical.normalise, name="normalise", outputs=("forward", "inverse"), template=template, settings=settings, seed=seed
+    )
     resample = node(
         anatomical.resample, name="resample", outputs=("images", "gates"),
         modality=reference[0].modality, template=template, settings=settings, classes=None, probabilities=[],
@@ -176,10 +186,12 @@ def _add_anatomy(workflow: Workflow, reference: tuple[RawImage, ...], template: 
     return {"unbias": unbias, "extract": extract, "classify": classify, "normalise": normalise, "resample": resample}
 
 
-def _add_other(workflow: Workflow, number: int, image: RawImage, anatomy: Mapping[str, Node], settings: EmbeddedSettings) -> None:
+def _add_other(
+    workflow: Workflow, number: int, image: RawImage, anatomy: Mapping[str, Node], settings: EmbeddedSettings, seed: int
+) -> None:
     from brainfm_cli.programs.embedded.steps import node
 
-    align = node(anatomical.align_other, name=f"align{number}", outputs=("image", "transform"), image=str(image.path), seed=settings.seed)
+    align = node(anatomical.align_other, name=f"align{number}", outputs=("image", "transform"), image=str(image.path), seed=seed)
     move = node(anatomical.move_other, name=f"move{number}", settings=settings)
     workflow.connect(
         [
@@ -192,7 +204,9 @@ def _add_other(workflow: Workflow, number: int, image: RawImage, anatomy: Mappin
     )
 
 
-def _add_run(workflow: Workflow, number: int, run: RawRun, anatomy: Mapping[str, Node], settings: EmbeddedSettings, threads: int) -> None:
+def _add_run(
+    workflow: Workflow, number: int, run: RawRun, anatomy: Mapping[str, Node], settings: EmbeddedSettings, seed: int, threads: int
+) -> None:
     from brainfm_cli.programs.embedded.steps import node
 
     times = run.slice_timing_s if settings.slice_timing else None
@@ -203,7 +217,7 @@ def _add_run(workflow: Workflow, number: int, run: RawRun, anatomy: Mapping[str,
         functional.time_slices, name=f"slicetiming{number}", outputs=("about", "moment_s"),
         times_s=list(times) if times else None, direction=direction,
     )  # fmt: skip
-    coregister = node(functional.coregister, name=f"coregister{number}", outputs=("transform", "information"), settings=settings)
+    coregister = node(functional.coregister, name=f"coregister{number}", outputs=("transform", "information"), settings=settings, seed=seed)
     masks = node(functional.native_masks, name=f"masks{number}", outputs=("masks", "fractions"))
     sample = node(sampling.resample_run, name=f"sample{number}", outputs=("files", "gate"), settings=settings, threads=threads)
     confounds = node(functional.tabulate, name=f"confounds{number}", outputs=("table", "description"))
@@ -232,7 +246,7 @@ def _add_run(workflow: Workflow, number: int, run: RawRun, anatomy: Mapping[str,
     )
 
 
-def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Results, settings: EmbeddedSettings) -> list[str]:
+def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Results) -> list[str]:
     notes = []
     if results["extract"]["method"] != "deepbet":
         notes.append(f"the brain mask was found by another way than deepbet: {results['extract']['method']}")
@@ -240,9 +254,7 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
         notes.append(f"tissues are found in T1w images only: there are none of the {reference[0].modality}")
     if len({image.session for image in raw.t1w}) > 1:
         notes.append(f"T1w images of {len(raw.sessions)} sessions are there; those of session {reference[0].session} are the reference")
-    if settings.anat_only:
-        return notes
-    if raw.fieldmaps:
+    if raw.fieldmaps and raw.bold:
         notes.append(f"{len(raw.fieldmaps)} fieldmap images were not used: the embedded engine does not correct distortion")
     for number, run in enumerate(raw.bold):
         fractions = results[f"masks{number}"]["fractions"]

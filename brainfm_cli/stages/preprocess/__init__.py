@@ -17,17 +17,21 @@ __all__ = ["PreprocessSettings", "preprocess"]
 def preprocess(call: Invocation, settings: PreprocessSettings) -> int:
     """Preprocess participants, or sum up the finished ones; gives back the exit code."""
     call = call.model_copy(update={"input_dir": call.input_dir.absolute(), "output_dir": call.output_dir.absolute()})
-    settings = settings.model_copy(update={"options": (*settings.options, *call.passthrough)})
+    settings = PreprocessSettings.from_values({**settings.model_dump(), "options": (*settings.options, *call.passthrough)})
     check_options(settings.options)
     check_raw_dataset(call.input_dir)
     if call.validate_input:
         from brainfm_cli.programs.validator import validate
 
         validate(call.input_dir)
-    if call.level == "participant":
-        from brainfm_cli.stages.preprocess.external import preprocess_participants
+    if call.level == "group":
+        from brainfm_cli.stages.preprocess.group import summarise
 
-        return preprocess_participants(call, settings)
-    from brainfm_cli.stages.preprocess.group import summarise
+        return summarise(call, settings)
+    if settings.engine == "embedded":
+        from brainfm_cli.stages.preprocess import embedded
 
-    return summarise(call, settings)
+        return embedded.preprocess_participants(call, settings)
+    from brainfm_cli.stages.preprocess import external
+
+    return external.preprocess_participants(call, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -16,16 +15,16 @@ from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.bids.inputs import choose_participants, read_filters
 from brainfm_cli.bids.raw import outside_dataset, raw_files, read_raw_participant
 from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
-from brainfm_cli.config import Selection, digest_of
+from brainfm_cli.config import Selection
 from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, InputNotFoundError, OutputError, ProgramFailedError
 from brainfm_cli.programs.commands import run_logged
 from brainfm_cli.programs.containers import build_command, check_binds, check_engine, official_image, scratch_folders
 from brainfm_cli.programs.fmriprep import Task, error_of, only_report_failed
 from brainfm_cli.programs.fmriprep_outputs import missing_outputs, publish, stated_version
 from brainfm_cli.programs.preflight import check_space, find_licence, find_templateflow, memory_per_unit_mb
-from brainfm_cli.provenance import stamp_input
 from brainfm_cli.stages.preprocess.measures import measure_runs, measures_path
 from brainfm_cli.stages.preprocess.output import open_dataset, planned_dataset
+from brainfm_cli.stages.preprocess.work import at_a_time, participant_folder, threads_each, work_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -99,17 +98,17 @@ def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[
     execution = call.execution
     official = official_image(engine, settings.fmriprep_version)
     image = None if engine == "fmriprep" else execution.image or official
-    at_a_time = max(1, min(execution.nprocs, len(inputs)))
-    largest = sorted((sum(path.stat().st_size for path in paths) for paths in inputs), reverse=True)[:at_a_time]
+    together = at_a_time(execution, len(inputs))
+    largest = sorted((sum(path.stat().st_size for path in paths) for paths in inputs), reverse=True)[:together]
     licence = check(lambda: find_licence(execution.fs_license_file), Path("license.txt"))
     templateflow = check(lambda: find_templateflow(settings.output_spaces), None)
     rootless = check(
         lambda: check_engine(engine, image=image, version=settings.fmriprep_version, pinned=engine != "apptainer" and image == official),
         otherwise=False,
     )
-    memory_mb = check(lambda: memory_per_unit_mb(execution.mem_mb, units=at_a_time), execution.mem_mb or 0)
+    memory_mb = check(lambda: memory_per_unit_mb(execution.mem_mb, units=together), execution.mem_mb or 0)
     check(lambda: _check_folders(call, engine), None)
-    check(lambda: check_space((call.output_dir, _work_dir(call)), input_bytes=sum(largest)), None)
+    check(lambda: check_space((call.output_dir, work_dir(call)), input_bytes=sum(largest)), None)
     machine = Machine(
         engine=engine,
         image=image,
@@ -117,19 +116,9 @@ def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[
         licence=licence,
         templateflow=templateflow,
         memory_mb=memory_mb,
-        threads=execution.omp_nthreads or max(1, _cores() // at_a_time),
+        threads=threads_each(execution, len(inputs)),
     )
     return machine, problems
-
-
-def _work_dir(call: Invocation) -> Path:
-    # A hidden folder of the output, unless told otherwise: a private temporary folder would not let a killed job resume.
-    return (call.execution.work_dir or call.output_dir / ".work").absolute()
-
-
-def _cores() -> int:
-    # What the scheduler gives this job may be less than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_folders(call: Invocation, engine: Engine) -> None:
@@ -138,17 +127,14 @@ def _check_folders(call: Invocation, engine: Engine) -> None:
         if not folder.is_dir():  # Docker would make it, as root
             raise InputNotFoundError("the folder does not exist", where=folder, fix="check --datasets and --fs-subjects-dir")
     # fMRIPrep looks at the paths it is given: in our own containers the work folder has another one.
-    if engine in {"fmriprep", "fmriprep-docker"} and _work_dir(call).resolve().is_relative_to(call.input_dir.resolve()):
+    if engine in {"fmriprep", "fmriprep-docker"} and work_dir(call).resolve().is_relative_to(call.input_dir.resolve()):
         raise OutputError(
-            "fMRIPrep refuses a work folder inside the input dataset", where=_work_dir(call), fix="give another with --work-dir DIR"
+            "fMRIPrep refuses a work folder inside the input dataset", where=work_dir(call), fix="give another with --work-dir DIR"
         )
 
 
 def _task(call: Invocation, settings: PreprocessSettings, machine: Machine, label: str, inputs: Sequence[Path]) -> Task:
-    # Other inputs or settings get another folder, so that nothing made from the old ones is taken for new.
-    made_from = [planned_dataset(call, settings).configuration_hash, [stamp_input(path).model_dump(mode="json") for path in inputs]]
-    selected = call.selection.model_dump(mode="json", exclude={"participant_label"})
-    folder = _work_dir(call) / f"brainfm_sub-{label}_{digest_of([made_from, selected])[:8]}"
+    folder = participant_folder(call, settings, label, inputs)
     tasks = call.selection.task_id
     filtered = call.selection.bids_filter_file is not None or len(tasks) > 1
     subjects = call.execution.fs_subjects_dir
@@ -267,7 +253,7 @@ def _print_plan(
 ) -> None:
     lines = [
         f"# preprocess {len(tasks)} participants of {call.input_dir} into {call.output_dir}",
-        f"# {call.execution.nprocs} at a time, each with {machine.memory_mb} MB and {machine.threads} threads; work folder {_work_dir(call)}",
+        f"# {call.execution.nprocs} at a time, each with {machine.memory_mb} MB and {machine.threads} threads; work folder {work_dir(call)}",
         *(f"# not ready: {problem}" for problem in problems),
     ]
     for label, task in tasks.items():

@@ -40,7 +40,7 @@ def summarise(call: Invocation, settings: PreprocessSettings) -> int:
         name="group",
         inputs=tuple(sorted([*tables, *measures])),
         work=write_group,
-        arguments={"root": root, "tables": tuple(tables), "waiting": tuple(waiting), "version": settings.fmriprep_version},
+        arguments={"root": root, "tables": tuple(tables), "waiting": tuple(waiting), "methods": _methods(settings)},
     )
     if call.dry_run:
         state = plan_units(planned_dataset(call, settings), [unit])["group"]
@@ -49,7 +49,7 @@ def summarise(call: Invocation, settings: PreprocessSettings) -> int:
     return run_units(open_dataset(call, settings), [unit], call.execution)
 
 
-def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], version: str) -> UnitResult:
+def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], methods: str) -> UnitResult:
     """Write ``group_qc.tsv``, its description and ``group.html``."""
     from brainfm_cli.reports.preprocess_group import QC_COLUMNS, build_table, quality_page
 
@@ -58,7 +58,6 @@ def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], 
         measured |= _read_json(measures_path(root, label))
     frame = build_table([_row(path, measured) for path in tables])
     notes = (f"{len(waiting)} participants of the dataset are not done: {', '.join(waiting[:20])}",) if waiting else ()
-    methods = f"Runs were preprocessed with fMRIPrep {version}, driven by brainfm {brainfm_version()}."
     page = quality_page(frame, title=f"Quality of {root.name}", notes=notes, methods=methods)
     outputs = (
         write_tsv(root / "group_qc.tsv", frame),
@@ -66,6 +65,15 @@ def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], 
         write_text(root / "group.html", page.render()),
     )
     return UnitResult(outputs=outputs, notes=notes)
+
+
+def _methods(settings: PreprocessSettings) -> str:
+    if settings.engine == "embedded":
+        return (
+            f"Runs were preprocessed with the embedded engine of brainfm {brainfm_version()}. Brain volume and temporal SNR are of the series in "
+            "template space; correlation and Dice compare the structural image and its brain mask with the template's."
+        )
+    return f"Runs were preprocessed with fMRIPrep {settings.fmriprep_version}, driven by brainfm {brainfm_version()}."
 
 
 def _is_done(root: Path, label: str) -> bool:

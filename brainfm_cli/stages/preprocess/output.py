@@ -1,4 +1,4 @@
-"""The output dataset of ``brainfm preprocess``: ours, with fMRIPrep named beside us."""
+"""The output dataset of ``brainfm preprocess``: ours, with fMRIPrep named beside us where it did the work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from brainfm_cli.bids.derivatives import OutputDataset, chained_hash, write_text
 from brainfm_cli.bids.names import BIDSIGNORE
-from brainfm_cli.programs.fmriprep import CODE_URL
 
 if TYPE_CHECKING:
     from brainfm_cli.config import Invocation
@@ -30,7 +29,7 @@ def planned_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDat
 
 
 def open_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDataset:
-    """The output folder. The links named raw and templateflow are those that fMRIPrep's ``Sources`` use."""
+    """The output folder. The links named raw and templateflow are those that ``Sources`` use."""
     datasets = {"raw": call.input_dir, **call.datasets}
     links = {name: os.path.relpath(folder.resolve(), call.output_dir.resolve()) for name, folder in datasets.items()}
     dataset = OutputDataset.open(
@@ -38,7 +37,7 @@ def open_dataset(call: Invocation, settings: PreprocessSettings) -> OutputDatase
         command="preprocess",
         settings=settings,
         sources=(call.input_dir,),
-        made_with=({"Name": "fMRIPrep", "Version": settings.fmriprep_version, "CodeURL": CODE_URL},),
+        made_with=settings.made_with,
         links={**links, "templateflow": _TEMPLATEFLOW},
     )
     write_text(dataset.root / ".bidsignore", BIDSIGNORE + _IGNORED)
