@@ -70,7 +70,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
     "kind": (Annotated[str | None, typer.Option("--kind", help="rest.")], None),
-    "sim_level": (Annotated[str | None, typer.Option("--level", help="bold (voxel images) or series (packed region series).")], None),
+    "sim_level": (Annotated[str | None, typer.Option("--level", help="raw (as scanned), bold (voxel images) or series (packed region series).")], None),
+    "raw": (Annotated[bool, typer.Option("--raw", help="The same as --level raw: raw BIDS, as scanned.")], False),
     "effect": (Annotated[float | None, typer.Option("--effect", min=0.0, help="Size of the planted effects; 0 gives a null cohort.")], None),
     "participants": (Annotated[int | None, typer.Option("--participants", min=1, help="Number of people to simulate.")], None),
     "seed": (Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")], None),
@@ -150,7 +151,7 @@ def command(
     return register
 
 
-@command("simulate", options=("kind", "sim_level", "participants", "effect", "seed", "atlases", "datasets", *SETTINGS, *RUN))
+@command("simulate", options=("kind", "sim_level", "raw", "participants", "effect", "seed", "atlases", "datasets", *SETTINGS, *RUN))
 def simulate(call: Invocation) -> int:
     """Write a BIDS dataset with known truth."""
     from brainfm_cli.stages.simulate import SimulateSettings, simulate
@@ -304,6 +305,8 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
         value = values.get(flag)
         if value not in (None, [], ()) and value is not False:
             overrides.append(f"{setting}=[{', '.join(value)}]" if isinstance(value, list | tuple) else f"{setting}={value}")
+    if values.get("raw"):
+        overrides.append("level=raw")
     flags = {key: values[key] for key in (*RUN, *MACHINE) if key in values and key != "dry_run"}
     config = values.get("config")
     output_dir = values.get("output_dir", Path())

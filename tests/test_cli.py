@@ -28,7 +28,7 @@ def test_the_flag_list_is_frozen() -> None:
         "--datasets", "--denoise-strategy", "--derivatives", "--device", "--dry-run", "--effect", "--engine", "--fs-license-file",
         "--fs-no-reconall", "--fs-subjects-dir", "--ignore", "--image", "--json", "--kind", "--level", "--mem", "--mem-mb",
         "--min-coverage", "--model", "--n-cpus", "--nprocs", "--nthreads", "--omp-nthreads", "--output-spaces", "--participant-label",
-        "--participants", "--reports-only", "--seed", "--session-id", "--session-label", "--set", "--skip-bids-validation",
+        "--participants", "--raw", "--reports-only", "--seed", "--session-id", "--session-label", "--set", "--skip-bids-validation",
         "--skip-bids-validator", "--stop-on-first-crash", "--system", "--target", "--task-id", "--validate", "--verbose", "--verify",
         "--work-dir", "-d", "-t", "-v", "-w",
     ]  # fmt: skip

@@ -6,20 +6,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from brainfm_cli.atlases.catalogue import find_atlas
 from brainfm_cli.bids.cohort import CohortAtlas, CohortWriter
-from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_once, write_tsv
+from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_once, write_text, write_tsv
 from brainfm_cli.bids.images import sidecar, write_image, write_series
-from brainfm_cli.bids.names import BIDSIGNORE, OUTPUTS, output_name
+from brainfm_cli.bids.names import BIDSIGNORE, OUTPUTS, format_name, output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
+from brainfm_cli.signals.transforms import itk_text
 from brainfm_cli.simulation.anatomy import TEMPLATE
 from brainfm_cli.simulation.fmriprep import brain_mask, simulate_run, volumes
 from brainfm_cli.simulation.population import CONTROL, DISORDER_NAMES, PopulationSettings
+from brainfm_cli.simulation.raw import RawSettings, bold_frames, draw_head
 from brainfm_cli.simulation.rest import build_rest, simulate_series
 from brainfm_cli.simulation.sources import Scan
 from brainfm_cli.simulation.truth import Couplings, build_truth
@@ -54,8 +57,8 @@ class SimulateSettings(Settings):
 
     kind: Literal["rest"] = "rest"
     """What is simulated: rest (resting-state fMRI of people with and without disorders)."""
-    level: Literal["bold", "series"] = "bold"
-    """bold writes fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
+    level: Literal["raw", "bold", "series"] = "bold"
+    """raw writes T1w and BOLD as scanned, bold fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
     participants: int = Field(default=20, ge=1)
     """Number of people."""
     first_participant: int = Field(default=1, ge=1)
@@ -78,6 +81,8 @@ class SimulateSettings(Settings):
     """Voxel size of the template grid."""
     population: PopulationSettings = PopulationSettings()
     """Sites, disorders, confounding."""
+    raw: RawSettings = RawSettings()
+    """What is planted in raw images, where nobody has a disorder."""
 
     @field_validator("participants")
     @classmethod
@@ -102,7 +107,8 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
     if call.dry_run:
         _print_plan(call.output_dir, settings)
         return 0
-    dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings)
+    kind = "raw" if settings.level == "raw" else "derivative"
+    dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings, dataset_type=kind)
     if settings.level == "series":  # the validator wants a folder for each person of participants.tsv, and there is none
         write_once(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\n")
     units = _units(dataset.root, settings, dict(call.datasets))
@@ -113,10 +119,19 @@ def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) ->
     common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
     if settings.level == "series":
         return [Unit(name="group", inputs=(), work=write_cohort, arguments=common)]
+    if settings.level == "raw":
+        common = {"root": root, "settings": settings}
     people = [
-        Unit(name=f"sub-{_label(settings, index)}", inputs=(), work=write_person, arguments={**common, "index": index})
+        Unit(
+            name=f"sub-{_label(settings, index)}",
+            inputs=(),
+            work=write_raw_person if settings.level == "raw" else write_person,
+            arguments={**common, "index": index},
+        )
         for index in _indices(settings)
     ]
+    if settings.level == "raw":
+        return people
     return [*people, Unit(name="group", inputs=(), work=write_group, arguments=common)]
 
 
@@ -158,6 +173,42 @@ def write_person(root: Path, settings: SimulateSettings, datasets: Datasets, ind
         write_tsv(table, run.confounds),
         write_json(sidecar(table), run.descriptions),
     )
+    return UnitResult(outputs=outputs, seed=settings.seed)
+
+
+def write_raw_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
+    """Write one person's T1w image and BOLD run as scanned, and what is true of them under ``sourcedata/truth``."""
+    timing = {"frames": settings.frames, "repetition_time_s": settings.repetition_time_s}
+    head = draw_head(settings.raw, seed=settings.seed, index=index, **timing)
+    label = _label(settings, index)
+    anat, func, truth = (root / place for place in (f"sub-{label}/anat", f"sub-{label}/func", f"sourcedata/truth/sub-{label}"))
+    base, run = {"sub": label}, {"sub": label, "task": TASK}
+    placed, grid = head.placed
+    frames = bold_frames(
+        head, settings.raw, seed=settings.seed, index=index,
+        repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames,
+    )  # fmt: skip
+    times = {} if head.slice_times_s is None else {"SliceTiming": head.slice_times_s.tolist(), "SliceEncodingDirection": "k"}
+    described = {"TaskName": TASK, "RepetitionTime": settings.repetition_time_s, "Manufacturer": "simulated", **times}
+    t1w, bold = anat / format_name(base, "T1w", ".nii.gz"), func / format_name(run, "bold", ".nii.gz")
+    motion = {**run, "from": "orig", "to": "boldref", "mode": "image", "desc": "hmc"}
+    coregistration = {**run, "from": "boldref", "to": "T1w", "mode": "image", "desc": "coreg"}
+    outputs = (
+        write_image(t1w, head.t1w.data, head.t1w.affine, dtype=np.int16),
+        write_json(sidecar(t1w), {"Manufacturer": "simulated"}),
+        write_series(
+            bold, frames, num_frames=settings.frames, shape=head.bold_shape, affine=head.bold_affine,
+            repetition_time_s=settings.repetition_time_s,
+        ),
+        write_json(sidecar(bold), described),
+        write_image(truth / format_name({**base, "desc": "brain"}, "mask", ".nii.gz"), head.brain.data.astype(np.uint8), head.brain.affine),
+        write_series(
+            truth / format_name({**base, "from": TEMPLATE, "to": "T1w", "desc": "points"}, "map", ".nii.gz"),
+            np.moveaxis(placed, -1, 0), num_frames=3, shape=placed.shape[:3], affine=grid, repetition_time_s=0.0, dtype=np.float32,
+        ),
+        write_text(truth / format_name(motion, "xfm", ".txt"), itk_text(head.motion)),
+        write_text(truth / format_name(coregistration, "xfm", ".txt"), itk_text(head.coregistration[None])),
+    )  # fmt: skip
     return UnitResult(outputs=outputs, seed=settings.seed)
 
 

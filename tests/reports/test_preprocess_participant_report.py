@@ -59,7 +59,7 @@ def result_of(out: Path, generator: np.random.Generator, *, bold: bool) -> Embed
             write_image(Path(f"{stem}desc-hmc_boldref.nii.gz"), mean, affine),
             write_tsv(Path(f"{stem}desc-confounds_timeseries.tsv"), confounds),
         ]
-    return EmbeddedResult(outputs=tuple(sorted(written)), notes=("a <note>",), gates=gates, measures={}, facts=FACTS)
+    return EmbeddedResult(outputs=tuple(sorted(written)), notes=("a <note>",), gates=gates, measures={}, seconds={}, facts=FACTS)
 
 
 @pytest.mark.parametrize(("bold", "pictures"), [(False, 3), (True, 6)])

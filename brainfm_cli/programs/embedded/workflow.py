@@ -38,6 +38,8 @@ class EmbeddedResult:
     """Measures with their limits, by what they are about: ``anat``, or the name of a run."""
     measures: dict[str, dict[str, float]]
     """By run, for the group's quality table."""
+    seconds: dict[str, float]
+    """How long each step took, by its name; what a killed call had done counts as it did there."""
     facts: dict[str, Any]
     """What was done, for the methods paragraph: reference modality, extraction method, template source and the like."""
 
@@ -70,7 +72,7 @@ def preprocess_participant(
     reference = choose_reference(raw)
     work.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(nthreads):
-        results = _run(build_workflow(raw, reference, work, template, settings, seed=seed, threads=nthreads), f"sub-{raw.label}")
+        results, seconds = _run(build_workflow(raw, reference, work, template, settings, seed=seed, threads=nthreads), f"sub-{raw.label}")
     publisher = Publisher(raw=raw, reference=reference, out=out, template=template, settings=settings)
     publisher.publish_anatomy(results)
     for number, image in enumerate(others(raw, reference)):
@@ -85,6 +87,7 @@ def preprocess_participant(
         notes=tuple(_notes(raw, reference, results)),
         gates=gates,
         measures={run.key.name: dict(likeness) for run in raw.bold},
+        seconds=seconds,
         facts={
             "reference": reference[0].modality,
             "averaged": len(reference),
@@ -266,12 +269,14 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
     return notes
 
 
-def _run(workflow: Workflow, name: str) -> Results:
-    """Run what is not done yet; outputs of every node by its name."""
+def _run(workflow: Workflow, name: str) -> tuple[Results, dict[str, float]]:
+    """Run what is not done yet; outputs and seconds of every node by its name."""
 
     def tell(node: Node, status: str) -> None:
         if status == "start":
             log.info("%s: %s", name, node.name)
 
     finished = workflow.run(plugin="Linear", plugin_args={"status_callback": tell})
-    return {node.name: node.result.outputs.get() for node in finished.nodes()}
+    results = {node.name: node.result for node in finished.nodes()}
+    seconds = {step: round(float(result.runtime.duration), 2) for step, result in results.items()}
+    return {step: result.outputs.get() for step, result in results.items()}, seconds

@@ -1,0 +1,273 @@
+"""The embedded preprocessing: recovery of what was planted, realignment beside other programs, seconds of each step.
+
+python benchmarks/preprocess.py recovery --people 3
+python benchmarks/preprocess.py realignment --frames 40
+python benchmarks/preprocess.py chain RAW_BIDS
+python benchmarks/preprocess.py signal RAW_BIDS OUT --atlases ATLASES   (bids_localizer and its preprocessed output)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+SPACE = "MNI152NLin2009cAsym"
+Transforms = np.ndarray
+
+
+def recover(raw: Path, out: Path, label: str) -> dict[str, object]:
+    """What the embedded engine found of a head that ``simulate --raw`` planted; displacements are in millimetres."""
+    from brainfm_cli.programs.embedded import itk
+    from brainfm_cli.signals.transforms import centre_of_mass_mm, motion_table, read_itk
+
+    sub = f"sub-{label}"
+    truth, anat, func = raw / "sourcedata" / "truth" / sub, out / sub / "anat", out / sub / "func"
+    hmc, coreg = f"{sub}_task-rest_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt", f"{sub}_task-rest_from-boldref_to-T1w_mode-image_desc-coreg_xfm.txt"  # fmt: skip
+    planted, found = read_itk(truth / hmc), read_itk(func / hmc)
+    planted_coreg, found_coreg = read_itk(truth / coreg)[0], read_itk(func / coreg)[0]
+    reference = nib.load(func / f"{sub}_task-rest_desc-hmc_boldref.nii.gz")
+    centre = centre_of_mass_mm(reference.get_fdata(), reference.header.get_zooms()[:3])
+    tables = [motion_table(moves, reference.shape, reference.affine, centre) for moves in (planted, found)]
+    brain = nib.load(truth / f"{sub}_desc-brain_mask.nii.gz")
+    inside = brain.get_fdata() > 0
+    edge = inside & ~ndimage.binary_erosion(inside)
+    points = {
+        name: nib.affines.apply_affine(brain.affine, np.argwhere(where)[::17]) for name, where in (("brain", inside), ("boundary", edge))
+    }
+    gone = {}
+    for name, places in points.items():  # from the T1w image to where each frame has it
+        apart = [
+            np.linalg.norm(
+                nib.affines.apply_affine(one @ planted_coreg, places) - nib.affines.apply_affine(other @ found_coreg, places), axis=1
+            )
+            for one, other in zip(planted, found, strict=True)
+        ]
+        gone[name] = np.median(apart)
+    placed = nib.load(truth / f"{sub}_from-{SPACE}_to-T1w_desc-points_map.nii.gz")
+    ours = itk.mapped_points(placed.shape[:3], placed.affine, [anat / f"{sub}_from-T1w_to-{SPACE}_mode-image_xfm.h5"])
+    apart = np.linalg.norm(ours - placed.get_fdata(), axis=-1)
+    mask = nib.load(out / sub / "anat" / f"{sub}_space-{SPACE}_res-2_desc-brain_mask.nii.gz")
+    voxels = np.linalg.inv(mask.affine) @ placed.affine
+    grid = np.rint(nib.affines.apply_affine(voxels, np.argwhere(np.ones(placed.shape[:3])))).astype(int)
+    fits = ((grid >= 0) & (grid < mask.shape)).all(1)
+    in_brain = np.zeros(len(grid), bool)
+    whole = mask.get_fdata() > 0
+    in_brain[fits] = whole[tuple(grid[fits].T)]
+    surface = whole & ~ndimage.binary_erosion(whole)
+    at_edge = np.zeros(len(grid), bool)
+    at_edge[fits] = surface[tuple(grid[fits].T)]
+    own = nib.load(anat / f"{sub}_desc-brain_mask.nii.gz").get_fdata() > 0
+    return {
+        "motion correlation": [round(float(np.corrcoef(one, other)[0, 1]), 4) for one, other in zip(*(table.T for table in tables), strict=True)],
+        "T1w to frames, brain": round(float(gone["brain"]), 3),
+        "T1w to frames, boundary": round(float(gone["boundary"]), 3),
+        "template to T1w, brain": round(float(np.median(apart.ravel()[in_brain])), 3),
+        "template to T1w, boundary": round(float(np.median(apart.ravel()[at_edge])), 3),
+        "mask dice": round(float(2 * (own & inside).sum() / (own.sum() + inside.sum())), 4),
+    }  # fmt: skip
+
+
+def chain(raw: Path, work: Path, *, threads: int) -> dict[str, object]:
+    """Seconds of each step for every participant of a dataset."""
+    from brainfm_cli.bids.inputs import list_participants
+    from brainfm_cli.bids.raw import read_raw_participant
+    from brainfm_cli.bids.units import peak_memory_mb
+    from brainfm_cli.config import Selection
+    from brainfm_cli.programs.embedded.settings import EmbeddedSettings
+    from brainfm_cli.programs.embedded.workflow import preprocess_participant
+
+    found = {}
+    for label in list_participants(raw):
+        participant = read_raw_participant(raw, label, Selection())
+        clock = time.perf_counter()
+        result = preprocess_participant(participant, work / "out", work / label, EmbeddedSettings(), seed=1, nthreads=threads)
+        found[label] = {
+            "seconds": round(time.perf_counter() - clock, 1), "steps": result.seconds, "peak MB of the process": peak_memory_mb(),
+            "gates": {gate["name"]: round(gate["value"], 4) for gates in result.gates.values() for gate in gates}, "notes": result.notes,
+        }  # fmt: skip
+    return found
+
+
+def simulate(root: Path, people: int, frames: int) -> Path:
+    """A dataset of ``simulate --raw``."""
+    from brainfm_cli.stages.simulate import SimulateSettings, write_raw_person
+
+    settings = SimulateSettings(level="raw", participants=people, frames=frames)
+    for index in range(1, people + 1):
+        write_raw_person(root, settings, index)
+    (root / "dataset_description.json").write_text(json.dumps({"Name": "simulated", "BIDSVersion": "1.10.0", "DatasetType": "raw"}))
+    return root
+
+
+def recovery(folder: Path, people: int, frames: int, threads: int) -> dict[str, object]:
+    raw = simulate(folder / "raw", people, frames)
+    times = chain(raw, folder / "work", threads=threads)
+    return {label: {**recover(raw, folder / "work" / "out", label), "seconds": times[label]["seconds"]} for label in times}
+
+
+def realignment(folder: Path, frames: int) -> dict[str, object]:
+    """Ours, antspyx and dipy on one run, one thread each: seconds a volume, and median displacement from the truth in the brain."""
+    import os
+
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
+    import ants
+    from dipy.align import affine_registration
+
+    from brainfm_cli.programs.embedded import itk
+    from brainfm_cli.signals.realignment import average_reference, build_target, realign
+    from brainfm_cli.signals.transforms import read_itk
+
+    raw = simulate(folder / "raw", 1, frames)
+    sub = "sub-0001"
+    run = nib.load(raw / sub / "func" / f"{sub}_task-rest_bold.nii.gz")
+    values = np.moveaxis(run.get_fdata(dtype=np.float32), -1, 0)
+    affine = run.affine
+    truth = read_itk(raw / "sourcedata" / "truth" / sub / f"{sub}_task-rest_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt")
+    steady = range(1, frames)
+    clock = time.perf_counter()
+    reference = average_reference(lambda index: values[index], steady, affine)
+    building = time.perf_counter() - clock
+    points = nib.affines.apply_affine(affine, np.argwhere(reference > 0.5 * np.percentile(reference, 98))[::7])
+
+    def error(found: Transforms) -> float:
+        # The reference lies where the middle frames were: what all frames have in common is no error of motion.
+        residual = [np.linalg.inv(one) @ other for one, other in zip(found, truth[1:], strict=True)]
+        common = np.median([nib.affines.apply_affine(one, points) for one in residual], axis=0)
+        return float(np.median([np.linalg.norm(nib.affines.apply_affine(one, points) - common, axis=1) for one in residual]))
+
+    def timed(name: str, estimate: object) -> dict[str, float]:
+        clock = time.perf_counter()
+        found = np.array(estimate())
+        return {
+            name: {"seconds a volume": round((time.perf_counter() - clock) / len(found), 4), "median error, mm": round(error(found), 4)}
+        }
+
+    def by_ants() -> list[np.ndarray]:
+        fixed = itk.to_itk(reference, affine)
+        found = []
+        for index in steady:
+            moving = itk.to_itk(values[index], affine)
+            result = ants.registration(fixed, moving, "BOLDRigid", outprefix=str(folder / "a_"))
+            found.append(itk.matrix_of(Path(result["fwdtransforms"][0])))
+        return found
+
+    def by_dipy() -> list[np.ndarray]:
+        return [
+            affine_registration(
+                values[index], reference, moving_affine=affine, static_affine=affine, pipeline=["rigid"], level_iters=[100, 50, 10],
+                sigmas=[2.0, 1.0, 0.0], factors=[4, 2, 1],
+            )[1]
+            for index in steady
+        ]  # fmt: skip
+
+    target = build_target(reference, affine)
+    none = {"no realignment": {"median error, mm": round(error(np.repeat(np.eye(4)[None], len(steady), 0)), 4)}}
+    return {
+        "frames": len(steady), "voxels": list(reference.shape), "reference, seconds": round(building, 3), **none,
+        **timed("brainfm", lambda: realign(lambda index: values[index], steady, target)),
+        **timed("antspyx BOLDRigid", by_ants), **timed("dipy rigid, mutual information", by_dipy),
+    }  # fmt: skip
+
+
+def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
+    """Faces against houses in ventral temporal cortex: the preprocessed run in template space beside the run as scanned.
+
+    The region is drawn once, in the template (AAL116: fusiform, parahippocampal, lingual), and brought to the run by the transforms found.
+    """
+    import pandas as pd
+    from nilearn.glm.first_level import FirstLevelModel
+    from nilearn.image import index_img, load_img, resample_to_img, smooth_img
+
+    from brainfm_cli.programs.embedded import itk
+    from brainfm_cli.signals.transforms import read_itk
+
+    source = next(raw.rglob("*_bold.nii.gz"))
+    stem, sub = source.name.removesuffix("_bold.nii.gz"), source.name.partition("_")[0]
+    func, anat = out / sub / "func", out / sub / "anat"
+    preprocessed = func / f"{stem}_space-{SPACE}_res-2_desc-preproc_bold.nii.gz"
+    confounds = pd.read_csv(func / f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_values="n/a")
+    first = sum(name.startswith("non_steady") for name in confounds)
+    events = pd.read_csv(source.with_name(f"{stem}_events.tsv"), sep="\t")[["onset", "duration", "trial_type"]]
+    about = json.loads(preprocessed.with_name(preprocessed.name.replace(".nii.gz", ".json")).read_text())
+    folder = atlases / f"tpl-{SPACE}"
+    labels = load_img(next(folder.glob("*AAL116*dseg.nii.gz")))
+    table = pd.read_csv(next(folder.glob("*AAL116*dseg.tsv")), sep="\t")
+    wanted = table["index"][table["name"].str.contains("Fusiform|ParaHippo|Lingual", case=False)]
+    region = nib.Nifti1Image(np.isin(labels.get_fdata(), wanted).astype(np.float32), labels.affine)
+    in_template = resample_to_img(region, index_img(str(preprocessed), 0), interpolation="nearest", force_resample=True, copy_header=True)
+    run = nib.load(source)
+    seen = nib.load(func / f"{stem}_desc-brain_mask.nii.gz")
+    grid = np.argwhere(np.ones(run.shape[:3]))
+    structural = nib.affines.apply_affine(
+        np.linalg.inv(read_itk(func / f"{stem}_from-boldref_to-T1w_mode-image_desc-coreg_xfm.txt")[0]) @ run.affine, grid
+    )
+    size, affine = (100, 120, 100), np.diag([2.5, 2.5, 2.5, 1.0])
+    affine[:3, 3] = structural.mean(0) - 2.5 * 0.5 * np.array(size)
+    back = itk.mapped_points(size, affine, [anat / f"{sub}_from-{SPACE}_to-T1w_mode-image_xfm.h5"])
+    places = nib.affines.apply_affine(np.linalg.inv(affine), structural).T
+    template = np.stack([ndimage.map_coordinates(back[..., axis], places, order=1, mode="nearest") for axis in range(3)], -1)
+    index = np.rint(nib.affines.apply_affine(np.linalg.inv(region.affine), template)).astype(int)
+    fits = ((index >= 0) & (index < region.shape)).all(1)
+    native = np.zeros(len(grid), np.uint8)
+    native[fits] = region.get_fdata()[tuple(index[fits].T)] > 0
+    in_native = nib.Nifti1Image((native.reshape(run.shape[:3]) & (seen.get_fdata() > 0)).astype(np.uint8), run.affine)
+    covered = nib.load(func / f"{stem}_space-{SPACE}_res-2_desc-brain_mask.nii.gz")
+    in_template = nib.Nifti1Image(((in_template.get_fdata() > 0.5) & (covered.get_fdata() > 0)).astype(np.uint8), covered.affine)
+    motion = confounds[[f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]]
+    found = {}
+    for name, image, mask, regressors, moment in (
+        ("as scanned, nilearn", run, in_native, None, 0.5),
+        ("preprocessed", nib.load(preprocessed), in_template, None, None),
+        ("as scanned, nilearn, motion regressed", run, in_native, motion, 0.5),
+        ("preprocessed, motion regressed", nib.load(preprocessed), in_template, motion, None),
+    ):
+        smooth = smooth_img(image, 6)
+        steady = index_img(smooth, slice(first, None))
+        values = steady.get_fdata(dtype=np.float32)[mask.get_fdata() > 0]
+        tr = float(run.header.get_zooms()[3])
+        reference = moment if moment is not None else (about["StartTime"] / tr if about["SliceTimingCorrected"] else 0.5)
+        model = FirstLevelModel(t_r=tr, slice_time_ref=reference, hrf_model="spm", drift_model="cosine", high_pass=1 / 128, mask_img=mask, noise_model="ar1", smoothing_fwhm=None)  # fmt: skip
+        shifted = events.assign(onset=events["onset"] - first * tr)
+        model.fit(steady, events=shifted, confounds=None if regressors is None else regressors.iloc[first:].reset_index(drop=True))
+        z = model.compute_contrast("face - house", output_type="z_score").get_fdata()[mask.get_fdata() > 0]
+        found[name] = {
+            "voxels": int(mask.get_fdata().sum()), "median tSNR": round(float(np.median(values.mean(1) / values.std(1))), 2),
+            "95th percentile of |z|": round(float(np.percentile(np.abs(z), 95)), 3), "largest |z|": round(float(np.abs(z).max()), 2),
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["recovery", "realignment", "chain", "signal"])
+    parser.add_argument("raw", type=Path, nargs="?", help="raw BIDS dataset, for chain and signal")
+    parser.add_argument("derivative", type=Path, nargs="?", help="its preprocessed output, for signal")
+    parser.add_argument("--atlases", type=Path, help="BIDS-Atlas dataset with AAL116, for signal")
+    parser.add_argument("--people", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        todo = {
+            "recovery": lambda: recovery(folder, options.people, options.frames, options.threads),
+            "realignment": lambda: realignment(folder, options.frames),
+            "chain": lambda: chain(options.raw, folder, threads=options.threads),
+            "signal": lambda: signal(options.raw, options.derivative, options.atlases),
+        }
+        text = json.dumps(todo[options.what](), indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
