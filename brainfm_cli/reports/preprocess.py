@@ -145,7 +145,9 @@ def _anatomy(outputs: Sequence[Path]) -> Section:
         edges = _tissue_edges(_load(_find(outputs, "anat", None, suffix="dseg", space=None))[0])
         caption = f"{suffix} with lines around white matter (yellow) and CSF (green)."
         pictures.append(_picture(mosaic(image, edges, zooms, inside=brain), caption, "Tissues"))
-    caption = f"{suffix} in template space with lines of the template: brain surface (red), border of grey and white matter (orange)."
+    caption = (
+        f"{suffix} in template space with lines of the template: surface and ventricles (red), border of grey and white matter (orange)."
+    )
     pictures.append(_picture(mosaic(placed, [lines], placed_zooms, inside=placed_brain), caption, "Registration to the template"))
     return Section(title="Structure", lead="Rows are axial, coronal and sagittal cuts.", blocks=tuple(pictures))
 

@@ -38,6 +38,7 @@ _NETWORK_SIGMA_MM = 12.0
 _FREQUENCIES_HZ = (0.01, 0.08)
 _NON_STEADY_GAIN = 1.4
 _MARGIN_MM = 6.0
+_DRIFT_FRAMES, _JERKS = 4.0, 0.03  # smoothness of the drift, and share of frames with a jerk
 _BOLD_SHAPE, _BOLD_TILT = (64, 64, 44), 0.2
 
 
@@ -273,9 +274,10 @@ def _bold_grid(baseline: Image, coregistration: Matrix, size_mm: float) -> Matri
 
 
 def _draw_motion(frames: int, size_mm: float, centre: NDArray[np.float64], rng: np.random.Generator) -> Matrix:
-    """(frames, 4, 4) of a head that drifts, with some jerks."""
-    steps = rng.standard_normal((frames, 6)) * (1 + 5 * (rng.uniform(size=(frames, 1)) < 0.04))
-    walk = np.cumsum(steps, 0)
+    """(frames, 4, 4) of a head that drifts slowly, and now and then jerks and stays where it is."""
+    drift = ndimage.gaussian_filter1d(np.cumsum(rng.standard_normal((frames, 6)), 0), _DRIFT_FRAMES, axis=0)
+    jerks = np.cumsum(rng.standard_normal((frames, 6)) * (rng.uniform(size=(frames, 1)) < _JERKS), 0)
+    walk = drift / np.maximum(drift.std(0), 1e-9) + 0.5 * jerks
     walk -= walk.mean(0)
     walk /= np.maximum(walk.std(0), 1e-9)
     radius_mm = 50.0

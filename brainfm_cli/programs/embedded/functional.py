@@ -34,9 +34,15 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float64]
 
 _FIT_MM, _TISSUE_MM = 2.0, 1.0
-_COREGISTRATION: dict[str, Any] = {
-    "aff_iterations": (500, 250, 100), "aff_shrink_factors": (4, 2, 1), "aff_smoothing_sigmas": (2, 1, 0), "aff_random_sampling_rate": 0.3,
+_COARSE: dict[str, Any] = {
+    "aff_iterations": (500, 250), "aff_shrink_factors": (4, 2), "aff_smoothing_sigmas": (2, 1), "aff_random_sampling_rate": 0.3,
 }  # fmt: skip
+_FINE: dict[str, Any] = {
+    "aff_iterations": (100,),
+    "aff_shrink_factors": (1,),
+    "aff_smoothing_sigmas": (0,),
+    "aff_random_sampling_rate": 0.3,
+}
 _SLAB_BYTES = 256 << 20
 _TISSUE_FRACTIONS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)  # of a BOLD voxel that must be one tissue; the first that leaves enough voxels
 _ENOUGH_VOXELS = 30
@@ -149,17 +155,18 @@ def coregister(folder: Path, boldref: str, t1w: str, mask: str, settings: Embedd
     reference = reference / fit_bias(reference, reference > 0.2 * np.percentile(reference, 98))
     kind = "Rigid" if settings.coregistration_dof == 6 else "Affine"
     header = write_text(folder / "header.txt", itk_text(np.eye(4)))
-    best, best_score = np.eye(4), -1.0
-    for name, start in (("header", header), ("mass", None)):
+
+    def fit(name: str, start: Path | None, options: dict[str, Any]) -> tuple[float, Path]:
         forward, _ = itk.register(
             (fixed, fixed_affine), (reference, reference_affine), kind, folder,
-            name=name, seed=seed, fixed_mask=near, start=start, options=_COREGISTRATION,
+            name=name, seed=seed, fixed_mask=near, start=start, options=options,
         )  # fmt: skip
         moved = itk.warp(reference, reference_affine, fixed.shape, fixed_affine, [forward])
-        score = mutual_information(moved[near], fixed[near])
-        if score > best_score:
-            best, best_score = itk.matrix_of(forward), score
-    return str(write_text(folder / "coreg.txt", itk_text(best))), best_score
+        return mutual_information(moved[near], fixed[near]), forward
+
+    _, coarse = max(fit(name, start, _COARSE) for name, start in (("header", header), ("mass", None)))
+    information, forward = fit("fine", coarse, _FINE)
+    return str(write_text(folder / "coreg.txt", itk_text(itk.matrix_of(forward)))), information
 
 
 def native_masks(folder: Path, boldref: str, coreg: str, mask: str, probabilities: Sequence[str]) -> tuple[str, dict[str, float]]:

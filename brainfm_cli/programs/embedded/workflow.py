@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.programs.embedded import anatomical, functional, itk, sampling
+from brainfm_cli.programs.embedded.brain import volume_ml
+from brainfm_cli.programs.embedded.grids import read_ras
 from brainfm_cli.programs.embedded.outputs import Publisher
 from brainfm_cli.programs.embedded.template import find_template
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    import numpy as np
     from nipype import Node, Workflow
+    from numpy.typing import NDArray
 
     from brainfm_cli.bids.raw import Modality, RawImage, RawParticipant, RawRun
     from brainfm_cli.programs.embedded.settings import EmbeddedSettings
@@ -81,12 +85,13 @@ def preprocess_participant(
         publisher.publish_run(run, results, number)
     gates = {"anat": tuple(results["resample"]["gates"])}
     gates |= {run.key.name: (results[f"sample{number}"]["gate"],) for number, run in enumerate(raw.bold)}
-    likeness = {gate["name"]: round(gate["value"], 4) for gate in gates["anat"]}
+    brain_ml = volume_ml(*_inside(results["extract"]["mask"]))  # the person's own: in template space all brains are of one size
+    measures = {"brain_ml": round(brain_ml, 1), **{gate["name"]: round(gate["value"], 4) for gate in gates["anat"]}}
     return EmbeddedResult(
         outputs=tuple(sorted(publisher.written)),
         notes=tuple(_notes(raw, reference, results)),
         gates=gates,
-        measures={run.key.name: dict(likeness) for run in raw.bold},
+        measures={run.key.name: dict(measures) for run in raw.bold},
         seconds=seconds,
         facts={
             "reference": reference[0].modality,
@@ -267,6 +272,11 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
             if fraction < 0.95:
                 notes.append(f"{run.key.name}: voxels count as {tissue} where {fraction:.0%} of them are, because fewer are purer")
     return notes
+
+
+def _inside(mask: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    values, affine = read_ras(Path(mask))
+    return values > 0, affine
 
 
 def _run(workflow: Workflow, name: str) -> tuple[Results, dict[str, float]]:

@@ -81,7 +81,7 @@ def preprocess_participant(
         )
     result = workflow.preprocess_participant(participant, root, folder, settings, seed=seed, nthreads=threads)
     measured = measure_runs(root, label, (f"{result.facts['template']}:res-{settings.resolution}",)) if participant.bold else {}
-    measures = {run: {**result.measures[run], **measured.get(run, {})} for run in result.measures}
+    measures = {run: {**measured.get(run, {}), **result.measures[run]} for run in result.measures}
     bold = bool(participant.bold)
     outputs = (
         *result.outputs,

@@ -70,8 +70,8 @@ def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], 
 def _methods(settings: PreprocessSettings) -> str:
     if settings.engine == "embedded":
         return (
-            f"Runs were preprocessed with the embedded engine of brainfm {brainfm_version()}. Brain volume and temporal SNR are of the series in "
-            "template space; correlation and Dice compare the structural image and its brain mask with the template's."
+            f"Runs were preprocessed with the embedded engine of brainfm {brainfm_version()}. Brain volume is of the structural image, temporal SNR "
+            "of the series in template space; correlation and Dice compare the structural image and its brain mask with the template's."
         )
     return f"Runs were preprocessed with fMRIPrep {settings.fmriprep_version}, driven by brainfm {brainfm_version()}."
 
