@@ -136,7 +136,7 @@ def bold_frames(
     grid = np.stack(np.meshgrid(*[np.arange(size, dtype=np.float64) for size in head.bold_shape], indexing="ij"), -1)
     slices = np.zeros(head.bold_shape[2]) if head.slice_times_s is None else head.slice_times_s
     for frame, move in enumerate(head.motion):
-        seen = _apply(np.linalg.inv(move @ head.coregistration) @ head.bold_affine, grid)
+        seen = _apply(_inverse(move @ head.coregistration) @ head.bold_affine, grid)
         baseline, *changes = (_at(source, seen) for source in head.sources)
         signal = network_signals(head, frame * repetition_time_s + slices)
         volume = baseline + sum(change * values for change, values in zip(changes, signal, strict=True))
@@ -202,9 +202,9 @@ class _Back:
         """Found on the coarse grid by fixed point."""
         zooms = np.linalg.norm(affine[:3, :3], axis=0)
         coarse = tuple(int(np.ceil((size - 1) * zoom / _WARP_MM)) + 1 for size, zoom in zip(shape, zooms, strict=True))
-        coarse_affine = affine @ np.diag([*(_WARP_MM / zooms), 1.0])
+        coarse_affine = np.asarray(affine @ np.diag([*(_WARP_MM / zooms), 1.0]), np.float64)
         grid = np.stack(np.meshgrid(*[np.arange(size, dtype=np.float64) for size in coarse], indexing="ij"), -1)
-        straight = np.linalg.inv(pose)
+        straight = _inverse(pose)
         start = _apply(straight @ coarse_affine, grid)
         found = start
         for _ in range(12):
@@ -304,15 +304,19 @@ def _bias(shape: Sequence[int], size: float, rng: np.random.Generator) -> Volume
 
 def _at(image: Image, points: Points) -> Volume:
     """Linear interpolation at millimetres; 0 outside."""
-    voxels = np.moveaxis(_apply(np.linalg.inv(image.affine), points), -1, 0)
+    voxels = np.moveaxis(_apply(_inverse(image.affine), points), -1, 0)
     return np.asarray(ndimage.map_coordinates(image.data, voxels, order=1, mode="constant", output=np.float32))
 
 
 def _vectors_at(field: Image, points: Points) -> Points:
     """(..., 3) vectors of a field at millimetres; edges continue outwards."""
-    voxels = np.moveaxis(_apply(np.linalg.inv(field.affine), points), -1, 0)
+    voxels = np.moveaxis(_apply(_inverse(field.affine), points), -1, 0)
     parts = [ndimage.map_coordinates(field.data[..., axis], voxels, order=1, mode="nearest", output=np.float32) for axis in range(3)]
     return np.stack(parts, -1)
+
+
+def _inverse(matrix: Matrix) -> Matrix:
+    return np.asarray(np.linalg.inv(matrix), np.float64)
 
 
 def _apply(matrix: Matrix, points: Points) -> Points:

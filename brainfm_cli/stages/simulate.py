@@ -178,18 +178,18 @@ def write_person(root: Path, settings: SimulateSettings, datasets: Datasets, ind
 
 def write_raw_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
     """Write one person's T1w image and BOLD run as scanned, and what is true of them under ``sourcedata/truth``."""
-    timing = {"frames": settings.frames, "repetition_time_s": settings.repetition_time_s}
-    head = draw_head(settings.raw, seed=settings.seed, index=index, **timing)
+    seconds = settings.repetition_time_s
+    head = draw_head(settings.raw, seed=settings.seed, index=index, frames=settings.frames, repetition_time_s=seconds)
     label = _label(settings, index)
     anat, func, truth = (root / place for place in (f"sub-{label}/anat", f"sub-{label}/func", f"sourcedata/truth/sub-{label}"))
     base, run = {"sub": label}, {"sub": label, "task": TASK}
     placed, grid = head.placed
     frames = bold_frames(
         head, settings.raw, seed=settings.seed, index=index,
-        repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames,
+        repetition_time_s=seconds, non_steady_frames=settings.non_steady_frames,
     )  # fmt: skip
     times = {} if head.slice_times_s is None else {"SliceTiming": head.slice_times_s.tolist(), "SliceEncodingDirection": "k"}
-    described = {"TaskName": TASK, "RepetitionTime": settings.repetition_time_s, "Manufacturer": "simulated", **times}
+    described = {"TaskName": TASK, "RepetitionTime": seconds, "Manufacturer": "simulated", **times}
     t1w, bold = anat / format_name(base, "T1w", ".nii.gz"), func / format_name(run, "bold", ".nii.gz")
     motion = {**run, "from": "orig", "to": "boldref", "mode": "image", "desc": "hmc"}
     coregistration = {**run, "from": "boldref", "to": "T1w", "mode": "image", "desc": "coreg"}
@@ -197,8 +197,7 @@ def write_raw_person(root: Path, settings: SimulateSettings, index: int) -> Unit
         write_image(t1w, head.t1w.data, head.t1w.affine, dtype=np.int16),
         write_json(sidecar(t1w), {"Manufacturer": "simulated"}),
         write_series(
-            bold, frames, num_frames=settings.frames, shape=head.bold_shape, affine=head.bold_affine,
-            repetition_time_s=settings.repetition_time_s,
+            bold, frames, num_frames=settings.frames, shape=head.bold_shape, affine=head.bold_affine, repetition_time_s=seconds,
         ),
         write_json(sidecar(bold), described),
         write_image(truth / format_name({**base, "desc": "brain"}, "mask", ".nii.gz"), head.brain.data.astype(np.uint8), head.brain.affine),

@@ -9,6 +9,7 @@ from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.programs.embedded import itk
 from brainfm_cli.programs.embedded.bias import fit_bias
 from brainfm_cli.programs.embedded.gates import dice
+from brainfm_cli.programs.embedded.grids import coarser
 from brainfm_cli.programs.embedded.mixture import tissue_probabilities
 from tests.programs.heads import AFFINE, smooth_field, t1w, tissues
 
@@ -81,6 +82,20 @@ def test_tissues_are_found_in_noise_and_agree_with_atropos(generator: np.random.
         assert dice(mine, truth) > max(0.8, dice(other & inside, truth) - 0.02)
         if tissue == 3:  # a thin shell of CSF has no neighbours to lean on
             assert dice(mine, truth) > dice((alone == place) & inside, truth)
+
+
+def test_classes_learned_from_a_coarser_copy_are_the_same(generator: np.random.Generator) -> None:
+    affine = np.diag([1.5, 1.5, 1.5, 1.0])
+    affine[:3, 3] = -72, -90, -72
+    labels = tissues((96, 120, 96), affine)
+    inside = (labels > 0) & (labels < 4)
+    image = t1w(labels, generator, noise=60.0)
+    slow = tissue_probabilities(image, inside).argmax(0)[inside]
+    coarse = coarser(image, affine, 3.0)[0], coarser(inside, affine, 3.0)[0] > 0.5
+    fast = tissue_probabilities(image, inside, learn_from=coarse).argmax(0)[inside]
+    truth = labels[inside] - 1
+    assert (slow == fast).mean() > 0.97
+    assert (fast == truth).mean() > (slow == truth).mean() - 0.01
 
 
 def test_one_intensity_is_no_tissue() -> None:

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from brainfm_cli.programs.embedded.settings import EmbeddedSettings
 
 TISSUES = ("CSF", "GM", "WM")
-_FIELD_MM, _TISSUE_MM, _FIT_MM = 4.0, 1.0, 2.0
+_FIELD_MM, _TISSUE_MM, _CLASS_MM, _FIT_MM = 4.0, 1.0, 2.0, 2.0
 _HEAD = 0.1  # of the 98th percentile
 _OUTPUT_MEDIAN = 1000.0  # brain intensity of the written image, so that integers hold it
-_AFFINE: dict[str, Any] = {"aff_iterations": (500, 250, 100, 0), "aff_random_sampling_rate": 0.2}
+_RIGID: dict[str, Any] = {"aff_iterations": (500, 250, 100, 0), "aff_random_sampling_rate": 0.2}
+_AFFINE: dict[str, Any] = {
+    "aff_iterations": (200, 100), "aff_shrink_factors": (4, 2), "aff_smoothing_sigmas": (2, 1), "aff_random_sampling_rate": 0.2,
+}  # fmt: skip
 _SHAPE: dict[str, dict[str, Any]] = {
     "fast": {"reg_iterations": (40, 20, 10), "syn_metric": "mattes", "syn_sampling": 32},
     "full": {"reg_iterations": (70, 50, 20), "syn_metric": "CC", "syn_sampling": 4},
@@ -43,7 +46,7 @@ def conform(folder: Path, images: Sequence[str], seed: int) -> str:
     for number, path in enumerate(images[1:], 1):
         other, other_affine = read_ras(Path(path))
         fixed, moving = coarser(first, affine, _FIT_MM), coarser(other, other_affine, _FIT_MM)
-        forward, _ = itk.register(fixed, moving, "Rigid", folder, name=f"average{number}", seed=seed, options=_AFFINE)
+        forward, _ = itk.register(fixed, moving, "Rigid", folder, name=f"average{number}", seed=seed, options=_RIGID)
         total += itk.warp(other / _scale(other), other_affine, first.shape, affine, [forward], interpolation="bSpline")
     return str(write_image(folder / "image.nii", np.maximum(total / len(images) * _OUTPUT_MEDIAN, 0).astype(np.float32), affine))
 
@@ -93,15 +96,17 @@ def classify(folder: Path, image: str, mask: str) -> tuple[list[str], str]:
     cut = moved_affine(affine, box)
     small, small_affine = coarser(np.where(inside, values, 0)[box], cut, _TISSUE_MM)
     small_inside = coarser(inside[box], cut, _TISSUE_MM)[0] > 0.5
-    classes = tissue_probabilities(small, small_inside)
-    full = np.zeros((3, *values.shape), np.float32)
-    for one, part in zip(full, classes, strict=True):
-        one[box] = on_grid(part, small_affine, inside[box].shape, cut) * inside[box]
-    total = full.sum(0)
-    full /= np.where(total > 0, total, 1)
-    paths = [write_image(folder / f"{name}.nii", one, affine) for name, one in zip(TISSUES, full, strict=True)]
-    codes = np.array([3, 1, 2], np.uint8)[full.argmax(0)] * (total > 0)
-    return [str(path) for path in paths], str(write_image(folder / "classes.nii", codes.astype(np.uint8), affine))
+    coarse = coarser(small, small_affine, _CLASS_MM)[0]
+    coarse_inside = coarser(small_inside, small_affine, _CLASS_MM)[0] > 0.5
+    classes = tissue_probabilities(small, small_inside, learn_from=(coarse, coarse_inside))
+    parts = np.stack([on_grid(one, small_affine, inside[box].shape, cut) * inside[box] for one in classes])
+    total = parts.sum(0)
+    parts /= np.where(total > 0, total, 1)
+    codes = np.array([3, 1, 2], np.uint8)[parts.argmax(0)] * (total > 0)
+    paths = [write_image(folder / f"{name}.nii", _whole(one, values.shape, box), affine) for name, one in zip(TISSUES, parts, strict=True)]
+    return [str(path) for path in paths], str(
+        write_image(folder / "classes.nii", _whole(codes.astype(np.uint8), values.shape, box), affine)
+    )
 
 
 def normalise(folder: Path, image: str, mask: str, template: Template, settings: EmbeddedSettings, seed: int) -> tuple[str, str]:
@@ -113,8 +118,10 @@ def normalise(folder: Path, image: str, mask: str, template: Template, settings:
     size_mm = _FIT_MM if settings.registration == "fast" else 1.0
     moving = coarser(np.where(inside, values, 0)[box], moved_affine(affine, box), size_mm)
     fixed = coarser(wanted.brain, wanted.affine, size_mm)
-    options = _AFFINE | _SHAPE[settings.registration]
-    forward, inverse = itk.register(fixed, moving, "SyN", folder, name="template", seed=seed, options=options)
+    # antspyx's own "SyN" cannot be told how long to fit the affine part.
+    start, _ = itk.register(fixed, moving, "Affine", folder, name="affine", seed=seed, options=_AFFINE)
+    shape = _SHAPE[settings.registration]
+    forward, inverse = itk.register(fixed, moving, "SyNOnly", folder, name="template", seed=seed, start=start, options=shape)
     return str(forward), str(inverse)
 
 
@@ -170,7 +177,7 @@ def align_other(folder: Path, image: str, reference: str, mask: str, seed: int) 
     near = ndimage.binary_dilation(coarser(read_ras(Path(mask))[0], affine, _FIT_MM)[0] > 0.5, iterations=4)
     forward, _ = itk.register(
         coarser(fixed, affine, _FIT_MM), coarser(moving, moving_affine, _FIT_MM), "Rigid", folder,
-        name="rigid", seed=seed, fixed_mask=np.asarray(near, bool), options=_AFFINE,
+        name="rigid", seed=seed, fixed_mask=np.asarray(near, bool), options=_RIGID,
     )  # fmt: skip
     moved = itk.warp(moving, moving_affine, fixed.shape, affine, [forward]).clip(0)
     return str(write_image(folder / "image.nii", moved, affine)), str(forward)
@@ -209,6 +216,13 @@ def _refuse_failed(gates: Sequence[Gate]) -> None:
     for gate in gates:
         if not gate.passed:
             raise InputDatasetError(gate.sentence, fix="look at the image and at its brain mask in the work folder; nothing is published")
+
+
+def _whole(part: NDArray[Any], shape: Sequence[int], box: tuple[slice, slice, slice]) -> NDArray[Any]:
+    """An image that is 0 around a box; in the order in which images are stored."""
+    image = np.zeros(tuple(shape), part.dtype, order="F")
+    image[box] = part
+    return image
 
 
 def _scale(values: NDArray[np.float32]) -> np.float32:

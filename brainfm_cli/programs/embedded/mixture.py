@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,32 +15,67 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _LEANING = 0.25  # log-probability that each of the six neighbours adds to its own class
-_ITERATIONS = 8
+_ITERATIONS, _LAST_ITERATIONS = 8, 3
 _CENTRES = (0.1, 0.4, 0.8)  # quantiles at which k-means begins
 _SMALLEST_SPREAD = 0.01  # of the range
 
 
-def tissue_probabilities(values: Floats, inside: NDArray[np.bool_]) -> Floats:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Classes:
+    """Three Gaussians."""
+
+    means: NDArray[np.float64]
+    """(3,) intensities."""
+    spreads: NDArray[np.float64]
+    """(3,) standard deviations."""
+    shares: NDArray[np.float64]
+    """(3,) of the brain's voxels."""
+
+
+def tissue_probabilities(
+    values: Floats, inside: NDArray[np.bool_], *, learn_from: tuple[Floats, NDArray[np.bool_]] | None = None
+) -> Floats:
     """(3, x, y, z) probability of each class, darkest first; 0 outside the brain.
+
+    Parameters
+    ----------
+    learn_from
+        A coarser copy of image and brain, from which the classes are learned in a fraction of the time; then few steps are
+        left to do here.
 
     Raises
     ------
     InputDatasetError
         The brain has fewer than three intensities.
     """
+    shown = _shown(values, inside)
+    if learn_from is None:
+        field, classes = _learn(shown, inside, _start(shown), _ITERATIONS)
+    else:
+        coarse = _shown(*learn_from)
+        _, classes = _learn(coarse, learn_from[1], _start(coarse), _ITERATIONS)
+        field, classes = _learn(shown, inside, classes, _LAST_ITERATIONS)
+    return field[np.argsort(classes.means)]
+
+
+def _shown(values: Floats, inside: NDArray[np.bool_]) -> Floats:
+    """(voxels,) intensities of the brain without their extremes: vessels and fat would pull a class towards them."""
     shown = values[inside].astype(np.float32)
     low, high = np.percentile(shown, [0.5, 99.5]) if len(shown) else (0.0, 0.0)
     if not high > low:
         raise InputDatasetError("the brain has one intensity everywhere", fix="look at the structural image inside its brain mask")
-    shown = shown.clip(low, high)  # vessels and fat would pull a class towards them
-    means, spreads = _start(shown)
-    smallest = _SMALLEST_SPREAD * (high - low)
-    field = np.zeros((3, *values.shape), np.float32)
+    return shown.clip(low, high)
+
+
+def _learn(shown: Floats, inside: NDArray[np.bool_], classes: _Classes, steps: int) -> tuple[Floats, _Classes]:
+    """(3, x, y, z) probabilities after some steps, and the classes that fit them."""
+    smallest = _SMALLEST_SPREAD * float(shown.max() - shown.min())
+    field = np.zeros((3, *inside.shape), np.float32)
     leaning = np.zeros((3, len(shown)), np.float32)
-    for _ in range(_ITERATIONS):
+    for step in range(steps):
         weights = leaning
-        for place, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
-            weights[place] -= np.float32(0.5 / spread**2) * (shown - np.float32(mean)) ** 2 + np.float32(np.log(spread))
+        for place, (mean, spread, share) in enumerate(zip(classes.means, classes.spreads, classes.shares, strict=True)):
+            weights[place] -= np.float32(0.5 / spread**2) * (shown - np.float32(mean)) ** 2 + np.float32(np.log(spread / share))
         weights -= weights.max(0)
         np.exp(weights, out=weights)
         weights /= weights.sum(0)
@@ -48,8 +84,11 @@ def tissue_probabilities(values: Floats, inside: NDArray[np.bool_]) -> Floats:
         means = np.array([np.sum(one * shown, dtype=np.float64) for one in weights]) / total
         squares = [np.sum(one * (shown - np.float32(mean)) ** 2, dtype=np.float64) for one, mean in zip(weights, means, strict=True)]
         spreads = np.sqrt(np.maximum(np.array(squares) / total, smallest**2))
-        leaning = np.stack([_LEANING * _neighbours(one)[inside] for one in field])
-    return field[np.argsort(means)]
+        classes = _Classes(means=means, spreads=spreads, shares=total / total.sum())
+        if step < steps - 1:
+            for place, one in enumerate(field):
+                leaning[place] = _LEANING * _neighbours(one)[inside]
+    return field, classes
 
 
 def _neighbours(one: Floats) -> Floats:
@@ -62,8 +101,8 @@ def _neighbours(one: Floats) -> Floats:
     return total
 
 
-def _start(shown: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means and spreads of three classes by k-means on a histogram."""
+def _start(shown: Floats) -> _Classes:
+    """Three classes by k-means on a histogram."""
     counts, edges = np.histogram(shown, 256)
     centres = 0.5 * (edges[1:] + edges[:-1])
     means = np.quantile(shown, _CENTRES).astype(np.float64)
@@ -73,4 +112,5 @@ def _start(shown: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         means = np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), means)
     nearest = np.abs(centres[:, None] - means).argmin(1)
     variance = np.bincount(nearest, counts * (centres - means[nearest]) ** 2, 3) / np.maximum(np.bincount(nearest, counts, 3), 1)
-    return means, np.sqrt(np.maximum(variance, float(0.02 * (edges[-1] - edges[0])) ** 2))
+    spreads = np.sqrt(np.maximum(variance, float(0.02 * (edges[-1] - edges[0])) ** 2))
+    return _Classes(means=means, spreads=spreads, shares=np.full(3, 1 / 3))

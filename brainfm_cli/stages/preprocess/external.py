@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.bids.inputs import choose_participants, read_filters
@@ -94,7 +94,7 @@ def _preflight(call: Invocation, settings: PreprocessSettings, inputs: Sequence[
             problems.append(error)
             return otherwise
 
-    engine: Engine = "fmriprep-docker" if settings.fmriprep_docker else settings.engine
+    engine: Engine = "fmriprep-docker" if settings.fmriprep_docker else cast("Engine", settings.engine)
     execution = call.execution
     official = official_image(engine, settings.fmriprep_version)
     image = None if engine == "fmriprep" else execution.image or official
