@@ -264,7 +264,7 @@ def _draw_outline(panel: Axes, outline: Outline, axis: int, place: int, plane: S
 
 def _cut(values: Volume, axis: int, place: int, plane: Sequence[slice]) -> Volume:
     """A cut with the second remaining axis upwards."""
-    return np.asarray(np.take(values, place, axis)[tuple(plane)].T)
+    return np.asarray(values[(slice(None),) * axis + (place,)][tuple(plane)].T)  # a view: np.take would copy the whole image
 
 
 def _voxels(bold: Path, places: NDArray[np.intp]) -> Volume:

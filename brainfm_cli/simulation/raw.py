@@ -224,8 +224,8 @@ class _Back:
 
 def _native_grid(head: Image, pose: Matrix, size_mm: float) -> tuple[tuple[int, int, int], Matrix]:
     """A grid of the person's space that holds the head."""
-    inside = np.argwhere(head.data[::4, ::4, ::4] > 0) * 4.0
-    points = _apply(pose @ head.affine, inside)
+    inside = np.asarray(np.argwhere(head.data[::4, ::4, ::4] > 0) * 4.0, np.float64)
+    points = _apply(np.asarray(pose @ head.affine, np.float64), inside)
     low, high = points.min(0) - _MARGIN_MM, points.max(0) + _MARGIN_MM
     affine = np.diag([size_mm] * 3 + [1.0])
     affine[:3, 3] = low

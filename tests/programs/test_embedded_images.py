@@ -134,6 +134,18 @@ def test_the_template_mask_finds_a_brain_inside_its_skull(tmp_path: Path, genera
     assert dice(found, truth) > 0.93
 
 
+def test_a_mask_that_is_too_small_grows_to_the_edge_of_the_brain(generator: np.random.Generator) -> None:
+    labels = tissues()
+    inside = np.asarray(ndimage.binary_fill_holes((labels > 1) & (labels < 4)))
+    head = t1w(labels, generator)
+    small = ndimage.binary_erosion(inside, iterations=2)  # 6 mm
+    assert dice(small, inside) < 0.87
+    grown = brain.grow_to_edge(head, small, AFFINE)
+    assert dice(grown, inside) > 0.95
+    assert not (grown & (labels == 4)).any(), "the skull is not crossed"
+    assert dice(brain.grow_to_edge(head, inside, AFFINE), inside) > 0.97, "a mask that is right stays"
+
+
 def test_gates_say_what_they_want(generator: np.random.Generator) -> None:
     labels = tissues()
     image, inside = t1w(labels, generator), np.asarray(ndimage.binary_fill_holes((labels > 0) & (labels < 4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import ndimage
 from brainfm_cli.bids.derivatives import write_text
 from brainfm_cli.errors import MissingProgramError
 from brainfm_cli.programs.embedded import itk
-from brainfm_cli.programs.embedded.grids import coarser, on_grid
+from brainfm_cli.programs.embedded.grids import coarser, on_grid, zooms_of
 from brainfm_cli.signals.transforms import itk_text
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ _EMPTY_SHARE = 0.5  # of voxels that are exactly 0 in a skull-stripped image
 _COARSE_MM = 3.0
 _FOREGROUND = 0.15  # of the 98th percentile
 _CEILING = 1.3  # of the foreground's median
+_EDGE_MM, _REACH_MM, _BRIDGE_MM, _DEEP_MM = 2.0, 6.0, 4.0, 3.0
+_BRAIN_BRIGHTNESS = 0.4  # of the median in the mask
 _POSE: dict[str, Any] = {"aff_iterations": (200, 100, 50), "aff_shrink_factors": (3, 2, 1), "aff_smoothing_sigmas": (2, 1, 0)}
 _SIZE: dict[str, Any] = {"aff_iterations": (100, 50), "aff_shrink_factors": (2, 1), "aff_smoothing_sigmas": (1, 0)}
 _SHAPE: dict[str, Any] = {"reg_iterations": (40, 20), "mask_all_stages": True}
 _PITCHES, _HEIGHTS_MM = (-20.0, 0.0, 20.0), (0.0, 20.0)
+_SCALES = (0.87, 0.97)  # the template's brain is larger than most people's
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +101,7 @@ def template_mask(data: Volume, affine: Matrix, template: TemplateImages, folder
     """(x, y, z) brain mask carried over from the template.
 
     The template has no skull, so a whole head must not be pulled onto it: the metric sees only the template's brain
-    and a rim of scalp-free space, and several poses are tried, because a head's middle is not its brain's.
+    and a rim of scalp-free space, and several poses and sizes are tried, because a head's middle is not its brain's.
     """
     head, head_affine = coarser(data, affine, _COARSE_MM)
     shown = head > _FOREGROUND * np.percentile(head, 98)
@@ -114,7 +118,7 @@ def template_mask(data: Volume, affine: Matrix, template: TemplateImages, folder
         )  # fmt: skip
         moved = itk.warp(head, head_affine, brain.shape, brain_affine, [forward])
         found.append((mutual_information(moved[near], brain[near]), forward))
-    # Poses are rigid: free to grow, a brain would settle on the scalp.
+    # Poses keep their size: free to grow, a brain would settle on the scalp.
     grown, _ = itk.register(
         (brain, brain_affine), (head, head_affine), "Affine", folder,
         name="size", seed=seed, fixed_mask=near, start=max(found)[1], options=_SIZE,
@@ -124,7 +128,25 @@ def template_mask(data: Volume, affine: Matrix, template: TemplateImages, folder
         name="shape", seed=seed, fixed_mask=near, start=grown, options=_SHAPE,
     )  # fmt: skip
     mask = itk.warp(inside.astype(np.float32), brain_affine, head.shape, head_affine, [inverse])
-    return on_grid(mask, head_affine, data.shape, affine) > 0.5
+    fine, fine_affine = coarser(data, affine, _EDGE_MM)
+    grown_mask = grow_to_edge(fine, on_grid(mask, head_affine, fine.shape, fine_affine) > 0.5, fine_affine)
+    return on_grid(grown_mask, fine_affine, data.shape, affine) > 0.5
+
+
+def grow_to_edge(head: Volume, mask: Mask, affine: Matrix) -> Mask:
+    """(x, y, z) the mask with the brain that lies just outside of it: what is as bright, up to the dark skull.
+
+    Registration stops short of the cortex in some heads. Thin bridges, as of vessels and dura, are not crossed.
+    """
+    zoom = float(zooms_of(affine).mean())
+    steps = np.arange(-round(_BRIDGE_MM / zoom), round(_BRIDGE_MM / zoom) + 1)
+    ball = (np.stack(np.meshgrid(steps, steps, steps, indexing="ij")) ** 2).sum(0) <= steps[-1] ** 2
+    deep = ndimage.binary_erosion(mask, iterations=max(1, round(_DEEP_MM / zoom)))
+    solid = ndimage.binary_opening((head > _BRAIN_BRIGHTNESS * np.median(head[mask])) | deep, ball)
+    found = ndimage.binary_dilation(mask, iterations=round(_REACH_MM / zoom), mask=solid | mask)
+    margin = 2 * len(steps)
+    closed = ndimage.binary_closing(np.pad(found, margin), ball, iterations=2)
+    return largest_blob(closed[margin:-margin, margin:-margin, margin:-margin])
 
 
 def mutual_information(one: NDArray[Any], other: NDArray[Any], bins: int = 32) -> float:
@@ -137,7 +159,7 @@ def mutual_information(one: NDArray[Any], other: NDArray[Any], bins: int = 32) -
 
 
 def _starts(head: Volume, head_affine: Matrix, inside: Mask, brain_affine: Matrix) -> list[Matrix]:
-    """(4, 4) transforms, template points to head points: the top of brain below the top of head, at several pitches."""
+    """(4, 4) transforms, template points to head points: the top of brain below the top of head, at several sizes and pitches."""
     shown = largest_blob(head > _FOREGROUND * np.percentile(head, 98))
     points = head_affine[:3, :3] @ np.array(np.nonzero(shown)) + head_affine[:3, 3:]
     top = np.percentile(points[2], 99.5)
@@ -147,13 +169,14 @@ def _starts(head: Volume, head_affine: Matrix, inside: Mask, brain_affine: Matri
     crown = np.array([brain_points[0].mean(), (brain_points[1].min() + brain_points[1].max()) / 2, brain_points[2].max()])
     middle = brain_points.mean(1)
     found = []
-    for below_mm in _HEIGHTS_MM:
-        for degrees in _PITCHES:
-            cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-            turn = np.eye(4)
-            turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
-            turn[:3, 3] = middle - turn[:3, :3] @ middle
-            shift = np.eye(4)
-            shift[:3, 3] = centre - crown - [0, 0, 8.0 + below_mm]  # scalp and skull are some 8 mm thick
-            found.append(shift @ turn)
+    for scale, below_mm, degrees in product(_SCALES, _HEIGHTS_MM, _PITCHES):
+        cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        turn = np.eye(4)
+        turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
+        turn[:3, :3] *= scale
+        turn[:3, 3] = middle - turn[:3, :3] @ middle
+        shift = np.eye(4)
+        top_of_brain = middle + scale * (crown - middle)
+        shift[:3, 3] = centre - top_of_brain - [0, 0, 8.0 + below_mm]  # scalp and skull are some 8 mm thick
+        found.append(shift @ turn)
     return found
