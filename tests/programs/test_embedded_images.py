@@ -143,7 +143,7 @@ def test_a_mask_that_is_too_small_grows_to_the_edge_of_the_brain(generator: np.r
     grown = brain.grow_to_edge(head, small, AFFINE)
     assert dice(grown, inside) > 0.95
     assert not (grown & (labels == 4)).any(), "the skull is not crossed"
-    assert dice(brain.grow_to_edge(head, inside, AFFINE), inside) > 0.97, "a mask that is right stays"
+    assert dice(brain.grow_to_edge(head, inside, AFFINE), inside) > 0.95, "a mask that is right gains CSF at most"
 
 
 def test_gates_say_what_they_want(generator: np.random.Generator) -> None:
