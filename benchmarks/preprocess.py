@@ -203,23 +203,16 @@ def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
     region = nib.Nifti1Image(np.isin(labels.get_fdata(), wanted).astype(np.float32), labels.affine)
     in_template = resample_to_img(region, index_img(str(preprocessed), 0), interpolation="nearest", force_resample=True, copy_header=True)
     run = nib.load(source)
-    seen = nib.load(func / f"{stem}_desc-brain_mask.nii.gz")
-    grid = np.argwhere(np.ones(run.shape[:3]))
-    structural = nib.affines.apply_affine(
-        np.linalg.inv(read_itk(func / f"{stem}_from-boldref_to-T1w_mode-image_desc-coreg_xfm.txt")[0]) @ run.affine, grid
-    )
-    size, affine = (100, 120, 100), np.diag([2.5, 2.5, 2.5, 1.0])
-    affine[:3, 3] = structural.mean(0) - 2.5 * 0.5 * np.array(size)
-    back = itk.mapped_points(size, affine, [anat / f"{sub}_from-{SPACE}_to-T1w_mode-image_xfm.h5"])
-    places = nib.affines.apply_affine(np.linalg.inv(affine), structural).T
-    template = np.stack([ndimage.map_coordinates(back[..., axis], places, order=1, mode="nearest") for axis in range(3)], -1)
-    index = np.rint(nib.affines.apply_affine(np.linalg.inv(region.affine), template)).astype(int)
-    fits = ((index >= 0) & (index < region.shape)).all(1)
-    native = np.zeros(len(grid), np.uint8)
-    native[fits] = region.get_fdata()[tuple(index[fits].T)] > 0
-    in_native = nib.Nifti1Image((native.reshape(run.shape[:3]) & (seen.get_fdata() > 0)).astype(np.uint8), run.affine)
     covered = nib.load(func / f"{stem}_space-{SPACE}_res-2_desc-brain_mask.nii.gz")
-    in_template = nib.Nifti1Image(((in_template.get_fdata() > 0.5) & (covered.get_fdata() > 0)).astype(np.uint8), covered.affine)
+    chosen = (in_template.get_fdata() > 0.5) & (covered.get_fdata() > 0)
+    in_template = nib.Nifti1Image(chosen.astype(np.uint8), covered.affine)
+    # Where each voxel of the region lies in the run as scanned, through the transforms found.
+    structural = itk.mapped_points(covered.shape, covered.affine, [anat / f"{sub}_from-T1w_to-{SPACE}_mode-image_xfm.h5"])[chosen]
+    to_run = np.linalg.inv(run.affine) @ read_itk(func / f"{stem}_from-boldref_to-T1w_mode-image_desc-coreg_xfm.txt")[0]
+    index = np.rint(nib.affines.apply_affine(to_run, structural)).astype(int).clip(0, np.array(run.shape[:3]) - 1)
+    touched = np.zeros(run.shape[:3], np.uint8)
+    touched[tuple(index.T)] = 1
+    in_native = nib.Nifti1Image(touched, run.affine)
     motion = confounds[[f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]]
     found = {}
     for name, image, mask, regressors, moment in (
@@ -230,15 +223,16 @@ def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
     ):
         smooth = smooth_img(image, 6)
         steady = index_img(smooth, slice(first, None))
-        values = steady.get_fdata(dtype=np.float32)[mask.get_fdata() > 0]
+        there = chosen if mask is in_template else tuple(index.T)  # the same points of the head, whatever the voxels
+        values = steady.get_fdata(dtype=np.float32)[there]
         tr = float(run.header.get_zooms()[3])
         reference = moment if moment is not None else (about["StartTime"] / tr if about["SliceTimingCorrected"] else 0.5)
         model = FirstLevelModel(t_r=tr, slice_time_ref=reference, hrf_model="spm", drift_model="cosine", high_pass=1 / 128, mask_img=mask, noise_model="ar1", smoothing_fwhm=None)  # fmt: skip
         shifted = events.assign(onset=events["onset"] - first * tr)
         model.fit(steady, events=shifted, confounds=None if regressors is None else regressors.iloc[first:].reset_index(drop=True))
-        z = model.compute_contrast("face - house", output_type="z_score").get_fdata()[mask.get_fdata() > 0]
+        z = model.compute_contrast("face - house", output_type="z_score").get_fdata()[there]
         found[name] = {
-            "voxels": int(mask.get_fdata().sum()), "median tSNR": round(float(np.median(values.mean(1) / values.std(1))), 2),
+            "voxels": int(np.asarray(mask.dataobj).sum()), "median tSNR": round(float(np.median(values.mean(1) / values.std(1))), 2),
             "95th percentile of |z|": round(float(np.percentile(np.abs(z), 95)), 3), "largest |z|": round(float(np.abs(z).max()), 2),
         }  # fmt: skip
     return found
