@@ -38,6 +38,7 @@ _NETWORK_SIGMA_MM = 12.0
 _FREQUENCIES_HZ = (0.01, 0.08)
 _NON_STEADY_GAIN = 1.4
 _MARGIN_MM = 6.0
+_SIZE = 0.92  # of people beside the template, which is large
 _DRIFT_FRAMES, _JERKS = 4.0, 0.03  # smoothness of the drift, and share of frames with a jerk
 _BOLD_SHAPE, _BOLD_TILT = (64, 64, 44), 0.2
 
@@ -103,7 +104,7 @@ def draw_head(settings: RawSettings, *, seed: int, index: int, frames: int, repe
     """Person number ``index``: its structure and all that is planted."""
     rng = stream(seed, index, 6)
     head, brain, contrast = _template_head()
-    pose = rigid(np.r_[rng.normal(0, 4, 3), rng.normal(0, 0.06, 3)], np.zeros(3)) @ np.diag([*rng.normal(1, 0.04, 3), 1.0])
+    pose = rigid(np.r_[rng.normal(0, 4, 3), rng.normal(0, 0.06, 3)], np.zeros(3)) @ np.diag([*rng.normal(_SIZE, 0.03, 3), 1.0])
     warp = _draw_warp(head, settings.deformation_mm, rng)
     shape, affine = _native_grid(head, pose, settings.t1w_mm)
     back = _Back.of(warp, pose, shape, affine)
