@@ -2,9 +2,11 @@
 
 One tiny model is pretrained on people of its own. For each null cohort it is tuned on the discovery people, everything that is
 chosen being chosen on inner folds, and applied once to the holdout people; p comes from permuting their labels within sites
-against the fixed predictions. The share of p <= 0.05 must lie in the binomial 95 % interval of 5 %.
+against the fixed predictions. The share of p <= 0.05 must lie in the binomial 95 % interval of 5 %. With --refits the model is
+also tuned again on every permutation (slow: for a few cohorts).
 
     python benchmarks/null_cohorts.py --cohorts 200 --nprocs 2 --out null_cohorts.json
+    python benchmarks/null_cohorts.py --cohorts 3 --refits 19 --out null_refits.json
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _system(model: Path) -> Any:
     return load_system(model)
 
 
-def one(seed: int, *, model: Path, people: int, atlas: str) -> dict[str, float]:
+def one(seed: int, *, model: Path, people: int, atlas: str, refits: int) -> dict[str, float | None]:
     """AUROC and p of one null cohort."""
     system = _system(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,13 +74,14 @@ def one(seed: int, *, model: Path, people: int, atlas: str) -> dict[str, float]:
         split = fixed_split(target, train=sides["discovery"], test=sides["holdout"], why="holdout")
         inputs = prepare_inputs(system, cohort, target.participants, sorted(cohort.atlases))
         predictor = TunedPredictor(prepared=lambda _fold: (system, inputs), settings=TuningSettings(epochs=2, stops=1))
-        settings = EvaluationSettings(bootstraps=100, interval="percentile", permutations=999, groups=())
+        settings = EvaluationSettings(bootstraps=100, interval="percentile", permutations=999, refit_permutations=refits, groups=())
         result = evaluate(target, split, {"model": predictor}, Context(table=table, models=("model",)), settings)
     found = result.metrics.of("model")
     return {
         "seed": seed,
         "auroc": float(found.scores["auroc"].value or "nan"),
         "p": float("nan") if found.permutation_p is None else found.permutation_p,
+        "refit_p": found.refit_p,
     }
 
 
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--cohorts", type=int, default=200)
     parser.add_argument("--people", type=int, default=120)
     parser.add_argument("--atlas", default="Schaefer100")
+    parser.add_argument("--refits", type=int, default=0, help="permutations through the whole tuning, of each cohort")
     parser.add_argument("--epochs", type=int, default=5, help="of the shared pretraining")
     parser.add_argument("--nprocs", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -95,7 +99,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         model = pretrain(Path(folder) / "model", people=arguments.people, atlas=arguments.atlas, epochs=arguments.epochs)
-        work = functools.partial(one, model=model, people=arguments.people, atlas=arguments.atlas)
+        work = functools.partial(one, model=model, people=arguments.people, atlas=arguments.atlas, refits=arguments.refits)
         with ProcessPoolExecutor(arguments.nprocs, mp_context=get_context("spawn")) as pool:
             rows = list(pool.map(work, range(1, arguments.cohorts + 1)))
     alarms = sum(row["p"] <= 0.05 for row in rows)
@@ -107,6 +111,7 @@ def main() -> None:
         "binomial_interval": [int(low), int(high)],
         "inside": bool(low <= alarms <= high),
         "mean_auroc": sum(row["auroc"] for row in rows) / len(rows),
+        "refit_p": [row["refit_p"] for row in rows if row["refit_p"] is not None],
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
     print(json.dumps(result, indent=2))

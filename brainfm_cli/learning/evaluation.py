@@ -150,6 +150,7 @@ def evaluate(
         primary=PRIMARY[target.kind],
         interval=f"{settings.level:.0%} bootstrap over participants, {'BCa' if settings.interval == 'bca' else 'percentile'}, {settings.bootstraps} resamples",
         interval_caveat=uncertainty.COVERAGE_CAVEAT if split.cross_validated else None,
+        permutation_caveat=uncertainty.PERMUTATION_CAVEAT if split.cross_validated else None,
         predictors=results,
         differences=differences,
         groups=scorer.groups({name: pooled[name] for name in _headline(order, pools)}),
@@ -248,7 +249,7 @@ class _Scorer:
     """Scores with intervals; the resamples are drawn once and shared, so that differences are paired."""
 
     def __init__(self, people: Target, split: Split, table: pd.DataFrame, settings: EvaluationSettings) -> None:
-        self.people, self.settings = people, settings
+        self.people, self.settings, self.shared = people, settings, split.cross_validated
         self.table = table.loc[list(people.participants)]
         groups = split.groups
         self.units = np.array([groups[name] for name in people.participants])
@@ -269,6 +270,7 @@ class _Scorer:
             strata=self.strata,
             permutations=self.settings.permutations,
             rng=np.random.default_rng(self.permutation_seed),
+            shared=self.shared,
         )
         return PredictorResult(
             name=name,
@@ -288,7 +290,7 @@ class _Scorer:
         kind, observed = self.people.kind, self.people.observed[rows]
         repeats = range(len(pooled.predicted))
         decided = [None if pooled.decided is None else pooled.decided[repeat, rows] for repeat in repeats]
-        points = [score(kind, observed, pooled.predicted[repeat, rows], decided[repeat]) for repeat in repeats]
+        points = [score(kind, observed, pooled.predicted[repeat, rows], decided[repeat], ordered=self.people.ordered) for repeat in repeats]
         result = {}
         for metric in only or points[0]:
             values = [point[metric].value for point in points]

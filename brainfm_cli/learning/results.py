@@ -49,6 +49,11 @@ class PredictorResult(Frozen):
     choices: dict[str, tuple[float | str, ...]] = {}
     """What was chosen inside each fold, e.g. the penalty."""
 
+    @property
+    def chance_p(self) -> float | None:
+        """P against chance: through the whole pipeline where that was asked for, else with fixed predictions."""
+        return self.permutation_p if self.refit_p is None else self.refit_p
+
 
 class Difference(Frozen):
     """A paired difference of the primary score on the same people and folds."""
@@ -144,7 +149,9 @@ class Metrics(Frozen):
     interval: str
     """Method and level of the intervals."""
     interval_caveat: str | None = None
-    """What the intervals do not cover."""
+    """What the intervals do not cover, and the coverage that was measured."""
+    permutation_caveat: str | None = None
+    """What the permutation p of fixed predictions leaves out."""
     predictors: tuple[PredictorResult, ...]
     """Models first, then floors."""
     differences: tuple[Difference, ...] = ()

@@ -48,6 +48,7 @@ METRICS: dict[str, Metric] = {
     "ece": Metric("Calibration error (ECE)", "lower"),
     "calibration_slope": Metric("Calibration slope", "one"),
     "accuracy": Metric("Accuracy", "higher"),
+    "quadratic_kappa": Metric("Quadratic κ", "higher"),
     "r2": Metric("R²", "higher"),
     "mae": Metric("MAE", "lower"),
     "pearson_r": Metric("Pearson r", "higher"),
@@ -76,12 +77,18 @@ class Score(Frozen):
 
 
 def score(
-    kind: str, observed: NDArray[np.float64], predicted: NDArray[np.float64], decided: NDArray[np.int64] | None = None
+    kind: str,
+    observed: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+    decided: NDArray[np.int64] | None = None,
+    *,
+    ordered: bool = False,
 ) -> dict[str, Score]:
     """Every score of one set of predictions.
 
     ``observed`` is (people,) class indices or values; ``predicted`` (people, classes) probabilities or (people,) values;
-    ``decided`` the class chosen for each person at the training folds' threshold.
+    ``decided`` the class chosen for each person at the training folds' threshold; ``ordered`` adds the quadratic κ of
+    classes that have an order.
     """
     if kind == "continuous":
         return _continuous(observed, predicted)
@@ -89,11 +96,12 @@ def score(
     labels = observed.astype(np.int64)
     decided = predicted.argmax(1) if decided is None else decided
     if len(labels) == 0:
-        return dict.fromkeys(_names(kind), Score(reason="nobody"))
+        return dict.fromkeys((*_names(kind), *(("quadratic_kappa",) if ordered else ())), Score(reason="nobody"))
     present = np.bincount(labels, minlength=classes)
     if kind == "binary":
         return _binary(labels, predicted[:, 1], decided, one_class=bool((present == 0).any()))
-    return _multiclass(labels, predicted, decided, present)
+    found = _multiclass(labels, predicted, decided, present)
+    return found | {"quadratic_kappa": _quadratic_kappa(labels, decided)} if ordered else found
 
 
 def _names(kind: str) -> tuple[str, ...]:
@@ -165,6 +173,24 @@ def _multiclass(
         "brier": Score(value=float(np.mean(np.sum((p - np.eye(classes)[labels]) ** 2, axis=1)))),
         "ece": Score(value=float(weighted_ece((labels == p.argmax(1)).astype(np.int64), p.max(1))(everyone)[0])),
     }
+
+
+def _quadratic_kappa(labels: NDArray[np.int64], decided: NDArray[np.int64]) -> Score:
+    """Cohen's κ with squared distances between classes as weights."""
+    if np.ptp(np.concatenate([labels, decided])) == 0:
+        return Score(reason="everybody has, and was given, the same class")
+    return Score(value=float(_weighted_kappa(labels, decided)(np.ones((1, len(labels))))[0]))
+
+
+def _weighted_kappa(y: NDArray[np.int64], d: NDArray[np.int64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """The same as a function of weights: with squared weights both tables are moments, none is counted out."""
+    gap, squares = (y - d).astype(np.float64) ** 2, (y**2 + d**2).astype(np.float64)
+
+    def kappa(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = weights.sum(1)
+        return 1 - _divided(weights @ gap * total, weights @ squares * total - 2 * (weights @ y) * (weights @ d))
+
+    return kappa
 
 
 def _continuous(observed: NDArray[np.float64], predicted: NDArray[np.float64]) -> dict[str, Score]:
@@ -272,6 +298,8 @@ def _weighted_multiclass(name: str, y: NDArray[np.int64], p: NDArray[np.float64]
         return _mean(np.sum((p - onehot) ** 2, axis=1))
     if name == "accuracy":
         return _mean((y == decided).astype(np.float64))
+    if name == "quadratic_kappa":
+        return _weighted_kappa(y, decided)
     chosen = np.eye(classes)[decided]
 
     def confusion(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,7 +20,8 @@ _ALPHA = 0.05
 def describe_design(split: Split) -> str:
     """How people were divided, in words."""
     tests = split.table[split.table["role"] == "test"]
-    return f"{tests['why'].iloc[0] if tests['why'].nunique() == 1 else 'every site left out once'}; {split.repeats} repetition(s)"
+    how = str(tests["why"].iloc[0]) if tests["why"].nunique() == 1 else "every site left out once"
+    return f"{how}; {split.repeats} repetitions" if split.repeats > 1 else how
 
 
 def state(target: Target, split: Split, results: Sequence[PredictorResult], differences: Sequence[Difference], *, transductive: int) -> str:
@@ -53,7 +54,7 @@ def state(target: Target, split: Split, results: Sequence[PredictorResult], diff
 
 def _against_chance(target: Target, subject: PredictorResult, score: Score) -> str:
     chance = 0.0 if target.kind == "continuous" else 0.5
-    p = subject.permutation_p
+    p = subject.chance_p
     told = f" (permutation p = {p:.2g})" if p is not None else ""
     if score.low is not None and score.low > chance and (p is None or p < _ALPHA):
         return f"That is better than chance{told}."

@@ -39,6 +39,8 @@ class TargetSettings(Frozen):
     """Classes to keep, in order; people of other classes are left out and counted. Empty keeps all."""
     positive: str | None = None
     """Positive class of a two-class target; required for number codes that participants.json does not declare."""
+    ordered: bool = False
+    """The classes have an order, that of ``classes`` or else of their numbers: quadratic κ is then scored too."""
 
     @field_validator("classes", "positive", mode="before")
     @classmethod
@@ -62,6 +64,8 @@ class Target:
     """(participants,) index of the class, or the value of a continuous target."""
     classes: tuple[str, ...] = ()
     """Class names by index; of two, the second is the positive one. Empty for continuous targets."""
+    ordered: bool = False
+    """Whether the order of three or more classes means something."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many people were left out, by reason."""
     notes: tuple[str, ...] = ()
@@ -199,7 +203,7 @@ def _is_categorical(
 ) -> bool:
     if settings.type != "auto":
         return settings.type == "categorical"
-    if settings.classes or settings.positive is not None or declared.get("Levels"):
+    if settings.ordered or settings.classes or settings.positive is not None or declared.get("Levels"):
         return True
     numbers = _numbers(values)
     if numbers is None:
@@ -244,7 +248,9 @@ def _categorical(
         raise InputDatasetError(f"'{column}' has {len(found)} classes for {len(names)} people", where=place, fix="choose a column with several people per class, or --set coding.type=continuous")  # fmt: skip
     if len(found) == 2:
         found = _ordered(found, settings, declared, levels, column, place, notes)
-    elif settings.positive is not None:
+    elif settings.ordered and not settings.classes:
+        found = _by_number(found, column, place)
+    if len(found) > 2 and settings.positive is not None:
         raise SettingsError(f"coding.positive is set, but '{column}' has {len(found)} classes", where=place, fix="leave coding.positive out, or name two coding.classes")  # fmt: skip
     if levels:
         shown = ", ".join(f"{name} = {_level_text(levels[name])}" for name in found if name in levels)
@@ -256,6 +262,7 @@ def _categorical(
         participants=tuple(names.index),
         observed=names.map(codes).to_numpy().astype(np.float64),
         classes=tuple(found),
+        ordered=settings.ordered and len(found) > 2,
         dropped=dropped,
         notes=tuple(notes),
     )
@@ -284,6 +291,13 @@ def _ordered(
     if positive not in found:
         raise SettingsError(f"the positive class '{positive}' does not occur in '{column}'; it has: {', '.join(found)}", where=place, fix="mend coding.positive")  # fmt: skip
     return [name for name in found if name != positive] + [positive]
+
+
+def _by_number(found: list[str], column: str, place: str | None) -> list[str]:
+    """Ordered classes by their numbers; as text, 10 would come before 2."""
+    if not all(_is_number(name) for name in found):
+        raise SettingsError(f"the classes of '{column}' are to be ordered, but are no numbers: {', '.join(found[:20])}", where=place, fix="name them in their order: --set 'coding.classes=[…]'")  # fmt: skip
+    return sorted(found, key=float)
 
 
 def _continuous(values: pd.Series, column: str, place: str | None, dropped: dict[str, int], notes: list[str]) -> Target:

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 COVERAGE_CAVEAT = (
     "Intervals resample people and keep the fitted models fixed. On pooled cross-validated scores the folds share their "
-    "training people, and a nominal 95 % interval was measured to cover 84–87 %: read it as somewhat too narrow."
+    "training people, and a nominal 95 % interval was measured to cover 84–91 % (AUROC of 40 to 300 people; docs/results.md, "
+    "Intervals): read it as too narrow."
+)
+PERMUTATION_CAVEAT = (
+    "On cross-validated scores the permutation p is approximate: people predict one another, so chance is spread √2 times as far as "
+    "permuted labels show. evaluation.refit_permutations asks for the exact p, with everything fitted again on each permutation."
 )
 _CHUNK = 250
 _MOST_UNDEFINED = 0.05
@@ -160,11 +165,14 @@ def permutation_p(
     strata: Sequence[str] | NDArray | None,
     permutations: int,
     rng: np.random.Generator,
+    shared: bool = False,
 ) -> float | None:
     """One-sided p of fixed predictions, (1+b)/(1+m) over labels permuted within strata; none where nothing can move or a class is absent.
 
     ``predicted`` is (repetitions, people, classes) or (repetitions, people). Classes: AUROC (macro, one versus rest);
-    continuous: R², which for fixed predictions ranks permutations as Σ observed·predicted does.
+    continuous: R², which for fixed predictions ranks permutations as Σ observed·predicted does. ``shared``: people who
+    test in one fold train in another. By chance, then, what i's label does to j's prediction j's label does to i's, so
+    that every pair counts twice where permuted labels count it once: the permuted scores are spread √2 times as far.
     """
     groups = _members(strata, len(observed))
     absent = kind != "continuous" and len(np.unique(observed)) < predicted.shape[2]
@@ -175,7 +183,8 @@ def permutation_p(
         permuted[1:, rows] = rng.permuted(np.tile(observed[rows], (permutations, 1)), axis=1)
     score = _permuted_products(permuted, predicted) if kind == "continuous" else _permuted_areas(permuted, predicted, kind)
     tolerance = 1e-12 * max(1.0, abs(float(score[0])))
-    return float((1 + np.sum(score[1:] >= score[0] - tolerance)) / (1 + permutations))
+    chance = score[1:].mean() + np.sqrt(2) * (score[1:] - score[1:].mean()) if shared else score[1:]
+    return float((1 + np.sum(chance >= score[0] - tolerance)) / (1 + permutations))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

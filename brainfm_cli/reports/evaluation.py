@@ -115,13 +115,23 @@ def _scores(metrics: Metrics) -> Section:
         rules.setdefault(result.threshold_rule, []).append(result.name)
     return Section(
         title="All scores",
-        lead=f"Mean over {metrics.repeats} repetition(s); intervals: {metrics.interval}. Arrows say which way is better; models are marked.",
+        lead=f"{_repeated(metrics)}Intervals: {metrics.interval}. Arrows say which way is better; models are marked.",
         blocks=(
             table(frame, highlight=models),
             *(paragraph(f"Class decided: {rule} ({_whose(metrics, names)}).") for rule, names in rules.items() if rule),
-            *(paragraph(text) for text in _reasons(metrics)),
+            *(paragraph(text) for text in (*_caveats(metrics), *_reasons(metrics))),
         ),
     )
+
+
+def _repeated(metrics: Metrics) -> str:
+    return f"Mean over {metrics.repeats} repetitions. " if metrics.repeats > 1 else ""
+
+
+def _caveats(metrics: Metrics) -> list[str]:
+    """What to know of the intervals and p values of this table."""
+    fixed = any(result.permutation_p is not None and result.refit_p is None for result in metrics.predictors)
+    return [text for text in (metrics.interval_caveat, metrics.permutation_caveat if fixed else None) if text]
 
 
 def _named(result: PredictorResult) -> str:
@@ -350,7 +360,8 @@ def _methods(metrics: Metrics) -> str:
         "Every predictor was fitted on the training people of each fold only, with penalties and thresholds chosen on inner folds of them.",
         "The predictions of test people were pooled within each repetition.",
         f"Intervals: {metrics.interval}; resamples are shared by all predictors, so that differences are paired.",
-        "Permutation p: one-sided, labels permuted within strata against the fixed predictions, counted (1 + b) / (1 + m).",
+        "Permutation p: one-sided, labels permuted within strata against the fixed predictions, counted (1 + b) / (1 + m)"
+        + (", the permuted scores spread √2 times as far because folds share people." if metrics.cross_validated else "."),
     ]
     if metrics.kind == "binary":
         parts.append("Areas under ROC curves were also compared by DeLong's test.")

@@ -72,6 +72,23 @@ def test_multiclass_scores_agree_with_torchmetrics(generator):
     assert found["brier"] == pytest.approx(np.mean(np.sum((p - np.eye(4)[labels.astype(int)]) ** 2, axis=1)))
 
 
+def test_quadratic_kappa_is_that_of_sklearn_and_of_a_count_by_hand(generator):
+    labels, p = multiclass(generator)
+    found = score("multiclass", labels, p, ordered=True)
+    assert found["quadratic_kappa"].value == pytest.approx(metrics.cohen_kappa_score(labels, p.argmax(1), weights="quadratic"), abs=1e-12)
+    assert "quadratic_kappa" not in score("multiclass", labels, p)
+    table = np.array([[75, 1, 4], [5, 4, 1], [0, 0, 10]])
+    first, second = np.repeat(np.indices((3, 3)).reshape(2, -1), table.ravel(), axis=1)
+    gaps = (first[:, None] - second[None]) ** 2
+    by_hand = 1 - np.mean((first - second) ** 2) / gaps.mean()
+    again = score("multiclass", first.astype(float), np.eye(3)[second], ordered=True)["quadratic_kappa"].value
+    assert again == pytest.approx(by_hand, abs=1e-12)
+    assert again == pytest.approx(metrics.cohen_kappa_score(first, second, weights="quadratic"), abs=1e-12)
+    flat = score("multiclass", np.array([0.0, 0, 0]), np.eye(3)[[0, 0, 0]], ordered=True)["quadratic_kappa"]
+    assert flat.value is None
+    assert "same class" in flat.reason
+
+
 def test_continuous_scores_agree_with_their_definitions(generator):
     y = generator.normal(10, 3, 50)
     p = y + generator.normal(size=50)
@@ -108,14 +125,14 @@ def test_weights_are_repeated_people_binary(generator, name, ties):
         assert value == pytest.approx(score("binary", labels[index], p[index], decided[index])[name].value, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["auroc", "balanced_accuracy", "auprc", "mcc", "f1", "accuracy", "brier", "ece"])
+@pytest.mark.parametrize("name", ["auroc", "balanced_accuracy", "auprc", "mcc", "f1", "accuracy", "brier", "ece", "quadratic_kappa"])
 def test_weights_are_repeated_people_multiclass(generator, name):
     labels, p = multiclass(generator)
     weights = resampled(generator, len(labels))
     values = statistic(name, "multiclass", labels, p)(weights)
     for row, value in zip(weights.astype(int), values, strict=True):
         index = np.repeat(np.arange(len(labels)), row)
-        assert value == pytest.approx(score("multiclass", labels[index], p[index])[name].value, abs=1e-12)
+        assert value == pytest.approx(score("multiclass", labels[index], p[index], ordered=True)[name].value, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["r2", "mae", "pearson_r"])
@@ -173,7 +190,7 @@ def test_undefined_scores_say_why():
 
 def test_every_score_has_a_label_and_a_direction(generator):
     for kind, (labels, p) in {"binary": binary(generator), "multiclass": multiclass(generator)}.items():
-        assert set(score(kind, labels, p)) <= set(METRICS)
+        assert set(score(kind, labels, p, ordered=kind == "multiclass")) <= set(METRICS)
     assert set(score("continuous", np.arange(3.0), np.arange(3.0))) <= set(METRICS)
 
 

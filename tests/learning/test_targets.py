@@ -82,6 +82,18 @@ def test_missing_labels_and_left_out_classes_are_counted():
     assert read(["a", "b", "a", "b"], participants=["p001", "p002"]).participants == ("p001", "p002")
 
 
+def test_ordered_classes_are_in_their_order():
+    values = [10, 2, 0, 10, 2, 0, 3, 3] * 2
+    assert read(values, ordered=True).classes == ("0", "2", "3", "10")
+    assert read(values, ordered=True).ordered
+    assert not read(values, type="categorical").ordered
+    mild = ["mild", "none", "severe"] * 4
+    assert read(mild, ordered=True, classes=("none", "mild", "severe")).classes == ("none", "mild", "severe")
+    with pytest.raises(SettingsError, match="to be ordered, but are no numbers"):
+        read(mild, ordered=True)
+    assert not read(["a", "b"] * 6, ordered=True).ordered  # two classes have no order beyond which is positive
+
+
 def test_a_missing_column_names_those_that_exist():
     with pytest.raises(InputNotFoundError, match="no column 'age'; it has: dx"):
         target_of_table(pd.DataFrame({"dx": ["a"]}), "age", TargetSettings())

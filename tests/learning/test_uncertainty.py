@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,16 @@ def test_delong_agrees_with_all_pairs(generator, digits):
     assert p_value == pytest.approx(2 * stats.norm.sf(abs(gap) / error))
 
 
+def test_delong_is_that_of_mlstatkit():
+    """Kept values of another implementation, ties included (golden/make.py)."""
+    values = json.loads((Path(__file__).parent / "golden" / "scores.json").read_text())["delong"]
+    labels = np.array(values["labels"])
+    found = delong(labels, np.array([values["first"], values["second"]]))
+    gap, error, p = found.difference(0, 1)
+    assert abs(gap / error) == pytest.approx(abs(values["z"]), rel=1e-9)
+    assert p == pytest.approx(values["p"], rel=1e-9)
+
+
 def test_delong_with_equal_repetitions_is_delong_without():
     rng = np.random.default_rng(3)
     labels, p = predictions(rng)
@@ -184,6 +196,23 @@ def test_permutation_within_strata_sees_through_a_site_effect():
     assert permutation_p("binary", labels, predicted, strata=None, **arguments) == 0.001
     assert permutation_p("binary", labels, predicted, strata=site, **arguments) > 0.05
     assert permutation_p("binary", labels, predicted, strata=labels, **arguments) is None
+
+
+def test_pairs_of_people_that_predict_one_another_count_twice():
+    """Out-of-fold predictions are K y with a symmetrical K: against fixed predictions chance is √2 too narrow, and p too small."""
+    rng = np.random.default_rng(6)
+    fold = np.arange(40) % 5
+    plain, shared = [], []
+    for _ in range(600):
+        features = rng.normal(size=(40, 200))
+        influence = features @ features.T * (fold[:, None] != fold)
+        labels = rng.normal(size=40)
+        predicted = (influence @ labels)[None]
+        for found, wide in ((plain, False), (shared, True)):
+            found.append(permutation_p("continuous", labels, predicted, strata=None, permutations=199, rng=rng, shared=wide))
+    expected = stats.norm.sf(stats.norm.isf(0.05) / np.sqrt(2))  # 12 %
+    assert np.mean(np.array(plain) <= 0.05) == pytest.approx(expected, abs=0.03)
+    assert np.mean(np.array(shared) <= 0.05) == pytest.approx(0.05, abs=0.02)
 
 
 def test_permutation_p_is_uniform_for_forecasts_that_know_nothing():

@@ -92,6 +92,10 @@ def test_everything_is_on_the_page(result):
         assert f"{one.name} {one.scores[result.metrics.primary]}" in found.alts[0]
     for item in result.metrics.audit:
         assert item.text in found.text
+    assert found.text.count(result.metrics.interval_caveat) == 2  # under the picture of intervals, and under their table
+    assert "was measured to cover" in result.metrics.interval_caveat
+    assert "docs/results.md" in result.metrics.interval_caveat
+    assert result.metrics.permutation_caveat in found.text
     assert f"{result.metrics.differences[0].detectable:.3f}" in found.text
     curves = {"binary": 4, "multiclass": 7, "continuous": 1}[kind]  # ROC and calibration per class, decision curve, confusion
     assert found.pictures == 1 + curves
