@@ -1,7 +1,8 @@
 """Graphs per second of the brain-graph system, beside the arithmetic floor measured in the same run.
 
-Floor: floating-point operations of the step (counted by torch) divided by the rate of a large matrix product on the same machine,
-measured before and after and taken as the larger. A training step is two windows with all losses, backward, clipping and AdamW.
+Floor: floating-point operations (counted by torch, with its own attention, so that nothing computed twice counts twice) divided
+by the rate of large matrix products kept up over a second, measured just before and just after each timed call and averaged.
+The median over calls of time / floor is reported. A training step is two windows with all losses, backward, clipping and AdamW.
 
     python benchmarks/pretrain.py --regions 100 200 333 --batch 64 --preset base --dropout 0 0.2
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -21,12 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from brainfm_cli.learning.checkpoints import AtlasRecord
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import PretrainBatch, Windows
+from brainfm_cli.models import attention
 from brainfm_cli.systems import SystemSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 FRAMES = 200
+COUNTED = 4
 _CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 # torch counts attention on GPUs only; on CPUs its kernels have names of their own.
 _ATTENTION = {
@@ -58,24 +63,38 @@ def batch_of(batch: int, regions: int, device: torch.device) -> PretrainBatch:
     )
 
 
-def timed(work: Callable[[], Any], device: torch.device, *, repeats: int) -> float:
-    """Median seconds of one call, after one to warm up."""
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    _wait(device)
+    start = time.perf_counter()
     work()
-    found = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        found.append(time.perf_counter() - start)
-    return sorted(found)[len(found) // 2]
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a 2048 x 2048 product, the best of several."""
+    """Floating-point operations per second of 2048 x 2048 products, one after another for about a second."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
-    seconds = min(timed(lambda: a @ b, device, repeats=1) for _ in range(5))
-    return 2 * 2048**3 / seconds
+    once = timed(lambda: a @ b, device)
+    count = max(3, round(1.0 / once))
+    return 2 * 2048**3 * count / timed(lambda: [a @ b for _ in range(count)], device)
+
+
+def beside_floor(
+    work: Callable[[], Any], operations: float, rate: Callable[[], float], device: torch.device, *, repeats: int
+) -> tuple[float, ...]:
+    """Seconds, operations per second of the matrix product, and time / floor, of the call with the median ratio; one call warms up."""
+    work()
+    found = []
+    before = rate()
+    for _ in range(repeats):
+        seconds = timed(work, device)
+        after = rate()
+        mean = (before + after) / 2
+        found.append((seconds * mean / operations, seconds, mean))
+        before = after
+    ratio, seconds, mean = sorted(found)[len(found) // 2]
+    return seconds, mean, ratio
 
 
 def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
@@ -85,7 +104,7 @@ def measure(regions: int, batch: int, preset: str, dropout: float, device: torch
     system = settings.build({"A": AtlasRecord(template="T", regions=tuple(f"r{i}" for i in range(regions)))})
     module = system.module.to(device)
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    data = batch_of(batch, regions, device)
+    data, few = batch_of(batch, regions, device), batch_of(COUNTED, regions, device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def forward() -> None:
@@ -93,7 +112,11 @@ def measure(regions: int, batch: int, preset: str, dropout: float, device: torch
         with torch.no_grad(), half:
             module.encode(system.graphs(data.first))
 
-    def step() -> None:
+    def counted_forward() -> None:  # the counter cannot follow modules where gradients are off
+        with half:
+            module.encode(system.graphs(few.first))
+
+    def step(data: PretrainBatch = data) -> None:
         module.train()
         with half:
             terms = system.losses(data, epoch=1.0)
@@ -103,35 +126,32 @@ def measure(regions: int, batch: int, preset: str, dropout: float, device: torch
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
 
-    def flops(work: Callable[[], None]) -> int:
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    def flops(work: Callable[[], None]) -> float:
+        """Of the whole batch: counted on a few graphs, because it takes as long as running."""
+        with (
+            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
+            patch.object(attention, "_trained_on_cpu", lambda _: False),
+        ):
             work()
-        return int(counter.get_total_flops())
+        return counter.get_total_flops() * batch / COUNTED
 
-    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    seconds = {"forward": timed(forward, device, repeats=repeats), "step": timed(step, device, repeats=repeats)}
-    rate = max(rate, matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32))
-    row: dict[str, Any] = {
-        "regions": regions,
-        "batch": batch,
-        "preset": preset,
-        "dropout": dropout,
-        "gflops_per_second": round(rate / 1e9, 1),
-    }
+    def rate() -> float:
+        return matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
-    def counted_forward() -> None:  # the counter cannot follow modules where gradients are off
-        with half:
-            module.encode(system.graphs(data.first))
-
-    for name, work in (("forward", counted_forward), ("step", step)):
-        floor = flops(work) / rate
+    row: dict[str, Any] = {"regions": regions, "batch": batch, "preset": preset, "dropout": dropout}
+    for name, work, counted in (("forward", forward, counted_forward), ("step", step, lambda: step(few))):
+        operations = flops(counted)
+        seconds, mean, ratio = beside_floor(work, operations, rate, device, repeats=repeats)
         row |= {
-            f"{name}_seconds": round(seconds[name], 4),
-            f"{name}_graphs_per_second": round(batch / seconds[name], 2),
-            f"{name}_ms_per_graph": round(1000 * seconds[name] / batch, 2),
-            f"{name}_floor_seconds": round(floor, 4),
-            f"{name}_over_floor": round(seconds[name] / floor, 2),
+            f"{name}_gflops": round(operations / 1e9, 1),
+            f"{name}_matmul_gflops_per_second": round(mean / 1e9, 1),
+            f"{name}_seconds": round(seconds, 4),
+            f"{name}_graphs_per_second": round(batch / seconds, 2),
+            f"{name}_ms_per_graph": round(1000 * seconds / batch, 2),
+            f"{name}_over_floor": round(ratio, 2),
         }
+    if device.type == "cpu":
+        row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     return row
 
 
@@ -155,7 +175,7 @@ def main() -> None:
                 regions, arguments.batch, arguments.preset, dropout, device, precision=arguments.precision, repeats=arguments.repeats
             )
             rows.append(row)
-            print(json.dumps(row))
+            print(json.dumps(row), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
 

@@ -199,4 +199,4 @@ def _split(request: Request, table: pd.DataFrame) -> Split:
     test = [name for name in request.target.participants if name in tested]
     train = [name for name in request.target.participants if name not in tested]
     groups = people_groups(table.loc[list(request.target.participants)], request.design.group)
-    return fixed_split(request.target, train=train, test=test, groups=groups, why="the model was not tuned on this person")
+    return fixed_split(request.target, train=train, test=test, groups=groups, why="not among the people that the model was tuned on")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import DenseGCNConv
 
+from brainfm_cli.models import attention
 from brainfm_cli.models.attention import EdgeBias, biased_attention
 from brainfm_cli.models.graph_encoder import EncoderShape, GraphConvolution, GraphEncoder, read_out
 from brainfm_cli.models.graph_model import GraphModel, Standardiser
@@ -82,6 +83,55 @@ def test_biased_attention_is_plain_softmax_attention(*, prompted: bool) -> None:
     absent[1, 4] = True
     torch.testing.assert_close(biased_attention(qkv, bias, weights), plain_attention(qkv, expected, absent))
     torch.testing.assert_close(biased_attention(qkv, bias, None), plain_attention(qkv, torch.zeros_like(expected), absent))
+
+
+@pytest.mark.parametrize("piece", [1, 2 * 4 * 36, 1 << 18])  # one item at a time, two, all
+@pytest.mark.parametrize("shared", [True, False])
+def test_training_on_cpus_gives_the_gradients_of_plain_attention(piece: int, *, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_PIECE", piece)
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 6, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    adjacency = torch.rand(3, 6, 6, dtype=torch.float64, requires_grad=True)
+    prompt = torch.rand(1 if shared else 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    absent = torch.zeros(3, 6, dtype=torch.bool)
+    absent[1, 4] = True
+    bias = EdgeBias(adjacency=adjacency, prompt=prompt, absent=absent)
+    inputs, direction = (qkv, adjacency, prompt, weights), torch.randn(3, 6, 20, dtype=torch.float64)
+    found = biased_attention(qkv, bias, weights)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    plain = (q @ k.transpose(-1, -2) / math.sqrt(5) + attention.head_bias(bias, weights)).softmax(-1) @ v
+    expected = plain.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropped_attention_is_dropped_alike_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_PIECE", 2 * 2 * 25)
+    qkv = torch.randn(3, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    bias = EdgeBias(adjacency=torch.rand(3, 5, 5, dtype=torch.float64), prompt=None, absent=None)
+    weights = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def dropping(qkv: Tensor, weights: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return biased_attention(qkv, bias, weights, dropout=0.4)
+
+    assert torch.autograd.gradcheck(dropping, (qkv, weights))
+    torch.manual_seed(4)
+    other = biased_attention(qkv, bias, weights, dropout=0.4)
+    assert not torch.equal(dropping(qkv, weights), other)
+
+
+def test_dropout_of_attention_keeps_its_mean() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 30, 3, 2, 4, requires_grad=True)
+    bias = EdgeBias(adjacency=torch.rand(1, 30, 30), prompt=None, absent=None)
+    weights = torch.randn(2, 2, requires_grad=True)
+    with torch.no_grad():
+        whole = biased_attention(qkv, bias, weights)
+    mean = torch.stack([biased_attention(qkv, bias, weights, dropout=0.2).detach() for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, whole, atol=0.05, rtol=0)
 
 
 def test_edge_bias_starts_at_zero_and_learns() -> None:
