@@ -47,28 +47,24 @@ def test_the_true_score_is_that_of_very_many_people(study, kind):
 
 @pytest.mark.parametrize("kind", ["binary", "continuous"])
 def test_intervals_cover_on_independent_people(study, kind):
-    hits = [study.cover(seed, kind=kind, design="independent", people=100, method="bca")["hit"] for seed in range(60)]
+    hits = [study.cover(seed, kind=kind, design="independent", people=100, method="bca")["hit"] for seed in range(30)]
     assert inside(hits, 0.95)
 
 
-@pytest.mark.parametrize(("kind", "sites"), [("binary", 1), ("binary", 3), ("continuous", 3)])
+@pytest.mark.parametrize(("kind", "sites"), [("binary", 3), ("continuous", 1)])
 def test_p_values_are_uniform_where_there_is_nothing(study, kind, sites):
-    p = [study.alarm(seed, kind=kind, design="independent", people=60, sites=sites, refits=0)["fixed"] for seed in range(60)]
+    p = [study.alarm(seed, kind=kind, design="independent", people=60, sites=sites, refits=0)["fixed"] for seed in range(40)]
     assert study.uniform_p(p, 200) > 0.001
     assert inside([one <= 0.05 for one in p], 0.05)
 
 
 def test_choosing_on_the_test_people_is_found(study):
     """Proof that the check above can fail."""
-    p = [study.selected(seed, people=60)["fixed"] for seed in range(60)]
-    assert study.uniform_p(p, 200) < 1e-6
-    assert not inside([one <= 0.05 for one in p], 0.05)
-    assert np.mean(np.array(p) <= 0.05) > 0.4
-
-
-def test_permutation_through_the_pipeline_is_uniform_on_cross_validated_scores(study):
-    p = [study.alarm(seed, kind="continuous", design="cross-validated", people=30, sites=1, refits=19)["refitted"] for seed in range(30)]
-    assert study.uniform_p(p, 20) > 0.001
+    honest, cheating = ([study.selected(seed, people=60, choose=choose)["fixed"] for seed in range(40)] for choose in (False, True))
+    assert study.uniform_p(honest, 200) > 0.001
+    assert inside([one <= 0.05 for one in honest], 0.05)
+    assert study.uniform_p(cheating, 200) < 1e-9
+    assert np.mean(np.array(cheating) <= 0.05) > 0.8
 
 
 @pytest.mark.parametrize(("positives", "negatives"), [(20, 20), (15, 85)])
@@ -103,11 +99,11 @@ def test_refitted_false_alarms_of_200_cohorts(study, kind):
 
 def test_a_study_goes_on_where_it_stopped(study, tmp_path):
     out = tmp_path / "rows.jsonl"
-    assert len(study.run("selection", 2, 1, out)) == 2
+    assert len(study.run("selection", 2, 1, out)) == 4
     first = out.read_text()
-    assert len(study.run("selection", 3, 1, out)) == 3
+    assert len(study.run("selection", 3, 1, out)) == 6
     assert out.read_text().startswith(first)
-    assert len(out.read_text().splitlines()) == 3
+    assert len(out.read_text().splitlines()) == 6
 
 
 def test_the_linear_rule_of_the_closed_form_is_that_of_sklearn(study):
