@@ -11,11 +11,11 @@ from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.bids.inputs import choose_participants
 from brainfm_cli.bids.raw import raw_files, read_raw_participant
 from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
-from brainfm_cli.errors import EXIT_OK, InputNotFoundError
+from brainfm_cli.errors import EXIT_OK
 from brainfm_cli.programs.embedded.memory import check_memory, expected_memory_mb
 from brainfm_cli.stages.preprocess.measures import measure_runs, measures_path
 from brainfm_cli.stages.preprocess.output import open_dataset, planned_dataset
-from brainfm_cli.stages.preprocess.work import at_a_time, participant_folder, threads_each, work_dir
+from brainfm_cli.stages.preprocess.work import at_a_time, check_has_runs, participant_folder, remove_folders, threads_each, work_dir
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,16 +36,15 @@ def preprocess_participants(call: Invocation, settings: PreprocessSettings) -> i
     todo = [label for label in labels if states[f"sub-{label}"] != "current"]
     together = at_a_time(call.execution, len(todo))
     threads = threads_each(call.execution, len(todo))
-    memory = {label: expected_memory_mb(inputs[label]) for label in labels}
+    memory = {label: expected_memory_mb(inputs[label]) for label in (labels if call.dry_run else todo)}
     if call.dry_run:
         _print_plan(call, states, memory, together=together, threads=threads)
         return EXIT_OK
     check_memory(sorted(memory[label] for label in todo)[-together:], given_mb=call.execution.mem_mb)
     dataset = open_dataset(call, settings)
-    if call.execution.clean_workdir:  # also what other inputs or settings left
+    if call.execution.clean_workdir:
         for label in todo:
-            for old in work_dir(call).glob(f"brainfm_sub-{label}_*"):
-                shutil.rmtree(old)
+            remove_folders(work_dir(call), label)
     for unit in units:
         unit.arguments["threads"] = threads
     return run_units(dataset, units, call.execution)
@@ -75,10 +74,8 @@ def preprocess_participant(
     from brainfm_cli.reports.preprocess_methods import as_bibtex, as_markdown
 
     participant = read_raw_participant(raw, label, selection, anat_only=anat_only)
-    if not participant.bold and not anat_only:
-        raise InputNotFoundError(
-            "there is no BOLD run", where=raw / f"sub-{label}", fix="preprocess structural images only with --anat-only"
-        )
+    if not anat_only:
+        check_has_runs(participant)
     result = workflow.preprocess_participant(participant, root, folder, settings, seed=seed, nthreads=threads)
     measured = measure_runs(root, label, (f"{result.facts['template']}:res-{settings.resolution}",)) if participant.bold else {}
     measures = {run: {**measured.get(run, {}), **result.measures[run]} for run in result.measures}

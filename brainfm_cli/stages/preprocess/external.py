@@ -24,7 +24,7 @@ from brainfm_cli.programs.fmriprep_outputs import missing_outputs, publish, stat
 from brainfm_cli.programs.preflight import check_space, find_licence, find_templateflow, memory_per_unit_mb
 from brainfm_cli.stages.preprocess.measures import measure_runs, measures_path
 from brainfm_cli.stages.preprocess.output import open_dataset, planned_dataset
-from brainfm_cli.stages.preprocess.work import at_a_time, participant_folder, threads_each, work_dir
+from brainfm_cli.stages.preprocess.work import at_a_time, check_has_runs, participant_folder, remove_folders, threads_each, work_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -188,9 +188,8 @@ def preprocess_participant(
     participant = read_raw_participant(task.data, task.label, selection, anat_only=task.anat_only)
     _check(participant, task, machine)
     folder = task.output.parent
-    if clean:  # also what other inputs or settings left
-        for old in folder.parent.glob(f"brainfm_sub-{task.label}_*"):
-            shutil.rmtree(old)
+    if clean:
+        remove_folders(folder.parent, task.label)
     for needed in scratch_folders(machine.engine, task):
         needed.mkdir(parents=True, exist_ok=True)
     if task.filters:
@@ -226,8 +225,8 @@ def _check(participant: RawParticipant, task: Task, machine: Machine) -> None:
     where = task.data / f"sub-{task.label}"
     if not participant.t1w and not task.datasets:
         raise InputNotFoundError("fMRIPrep needs a T1w image and there is none", where=where, fix="leave this participant out, or give its derivatives with --datasets")  # fmt: skip
-    if not participant.bold and not task.anat_only:
-        raise InputNotFoundError("there is no BOLD run", where=where, fix="preprocess structural images only with --anat-only")
+    if not task.anat_only:
+        check_has_runs(participant)
     if machine.engine == "fmriprep":
         return
     check_binds(task)

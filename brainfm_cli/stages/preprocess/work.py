@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 from brainfm_cli.config import digest_of
+from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.provenance import stamp_input
 from brainfm_cli.stages.preprocess.output import planned_dataset
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from brainfm_cli.bids.raw import RawParticipant
     from brainfm_cli.config import Execution, Invocation
     from brainfm_cli.stages.preprocess.settings import PreprocessSettings
 
@@ -33,6 +36,25 @@ def participant_folder(call: Invocation, settings: PreprocessSettings, label: st
     made_from = [planned_dataset(call, settings).configuration_hash, [stamp_input(path).model_dump(mode="json") for path in inputs]]
     selected = call.selection.model_dump(mode="json", exclude={"participant_label"})
     return work_dir(call) / f"brainfm_sub-{label}_{digest_of([made_from, selected])[:8]}"
+
+
+def remove_folders(work: Path, label: str) -> None:
+    """Remove every scratch folder of one participant below ``work``, also what other inputs or settings left."""
+    for old in work.glob(f"brainfm_sub-{label}_*"):
+        shutil.rmtree(old)
+
+
+def check_has_runs(participant: RawParticipant) -> None:
+    """Refuse a participant without BOLD runs.
+
+    Raises
+    ------
+    InputNotFoundError
+        There is none.
+    """
+    if not participant.bold:
+        where = participant.root / f"sub-{participant.label}"
+        raise InputNotFoundError("there is no BOLD run", where=where, fix="preprocess structural images only with --anat-only")
 
 
 def threads_each(execution: Execution, participants: int) -> int:
