@@ -23,9 +23,9 @@ Level = Literal["participant", "group"]
 
 
 class Frozen(BaseModel):
-    """A frozen pydantic model that refuses unknown fields and documents each with its docstring."""
+    """A frozen pydantic model that refuses unknown fields; each is documented by its docstring, which docs/generate.py reads."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def from_values(cls, values: dict[str, Any], *, where: Path | None = None) -> Self:

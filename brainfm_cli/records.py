@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from brainfm_cli.errors import InputDatasetError
 
-Array = NDArray[np.float32] | NDArray[np.float64]
+if TYPE_CHECKING:  # a plan names runs and needs no arrays
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import typer.main
 from pydantic import BaseModel
+from pydantic._internal._docs_extraction import extract_docstrings_from_cls
 from pydantic_core import PydanticUndefined
 
 import brainfm_cli.stages
@@ -66,10 +67,14 @@ def settings_page() -> str:
 def _fields(cls: type[BaseModel], prefix: str, seen: set[type[BaseModel]]) -> str:
     rows = ["| field | type | default | meaning |\n|---|---|---|---|\n"]
     below = []
+    meanings: dict[str, str] = {}
+    for one in reversed(cls.__mro__):  # pydantic would read them at every start of the program, which takes a sixth of a plan
+        if issubclass(one, BaseModel) and one is not BaseModel:
+            meanings |= extract_docstrings_from_cls(one, use_inspect=True)
     for name, field in cls.model_fields.items():
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else _default(default)
-        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        meaning = " ".join(meanings[name].split()).replace("|", "\\|")
         rows.append(f"| `{prefix}{name}` | {_type(field.annotation)} | {shown} | {meaning} |\n")
         below += [part for part in _models(field.annotation) if part not in below]
     text = "".join(rows)

@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import pandas as pd
 
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
+
+    import pandas as pd
 
 INDEX_COLUMNS: dict[str, str] = {
     "dataset": "name of the dataset the run comes from",
@@ -85,6 +86,8 @@ class Cohort:
         InputDatasetError
             Index, stores and participants table do not fit together.
         """
+        import pandas as pd
+
         root = folder / "cohort" if (folder / "cohort").is_dir() else folder
         if not (root / "index.parquet").is_file():
             raise InputNotFoundError(
@@ -208,6 +211,8 @@ class CohortWriter:
 
     def finish(self, participants: pd.DataFrame, descriptions: Mapping[str, Any] | None = None) -> list[Path]:
         """Write index, tables and headers, and move everything to its final name; gives back the files."""
+        import pandas as pd
+
         for label, stream in self._streams.items():
             stream.seek(0)
             stream.write(_npy_header(self._frames[label], len(self._atlases[label].regions.names)))
@@ -229,6 +234,11 @@ class CohortWriter:
         return sorted(self.root.iterdir())
 
 
+def participant_key(dataset: str, label: str, *, several: bool) -> str:
+    """The label, preceded by ``<dataset>+`` where several datasets are packed."""
+    return f"{dataset}+{label}" if several else label
+
+
 def read_participants(path: Path) -> pd.DataFrame:
     """participants.tsv indexed by ``participant_id`` without ``sub-``; ``n/a`` is missing, labels stay text.
 
@@ -237,6 +247,8 @@ def read_participants(path: Path) -> pd.DataFrame:
     InputDatasetError
         The table is unreadable, lacks ``participant_id``, or lists someone twice.
     """
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, sep="\t", dtype={"participant_id": str}, na_values=["n/a"], keep_default_na=False)
     except FileNotFoundError as error:

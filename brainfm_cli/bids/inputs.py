@@ -223,7 +223,7 @@ def _index(root: Path, label: str, selection: Selection) -> tuple[list[_Image], 
             return root / Path(file.path).relative_to(window)
 
         images = [
-            _Image(path=real(file), entities=parse_name(real(file).name)[0], repetition_time=file.get_metadata().get("RepetitionTime"))
+            _Image(path=real(file), entities=parse_name(real(file).name)[0], repetition_time=file.entities.get("RepetitionTime"))
             for file in _query(layout, label, selection)
         ]
         return images, [real(file) for file in layout.get(subject=label)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from brainfm_cli.bids.cohort import read_participants
+from brainfm_cli.bids.cohort import participant_key, read_participants
 from brainfm_cli.errors import InputDatasetError, SettingsError
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ class Harmonised:
     """Site of each participant key, empty text where unknown."""
     notes: tuple[str, ...] = field(default=())
     """Who has series and no row, and the other way round."""
-
-
-def participant_key(dataset: str, label: str, *, several: bool) -> str:
-    """The label, preceded by ``<dataset>+`` where several datasets are packed."""
-    return f"{dataset}+{label}" if several else label
 
 
 def harmonise(people: Sequence[People], labels: LabelTable, *, site_column: str | None = None) -> Harmonised:

@@ -105,7 +105,7 @@ def parse_name(name: str) -> tuple[dict[str, str], str, str]:
     """Entities, suffix and extension of a file name; entities that are not ``key-label`` are dropped."""
     stem, dot, extension = name.partition(".")
     *pairs, suffix = stem.split("_")
-    return dict(found for pair in pairs if (found := _pair(pair))), suffix, dot + extension
+    return dict(filter(None, map(_pair, pairs))), suffix, dot + extension
 
 
 @lru_cache(maxsize=8192)  # a large dataset repeats few pairs many thousand times

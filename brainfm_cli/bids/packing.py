@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter
+from brainfm_cli.bids.cohort import Cohort, CohortAtlas, CohortWriter, participant_key
 from brainfm_cli.bids.inputs import Source, choose_participants, root_sidecars
-from brainfm_cli.bids.labels import Harmonised, People, harmonise, participant_key
 from brainfm_cli.bids.series_inputs import SeriesFiles, as_run, find_series, read_series
 from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.provenance import outputs_hold, read_record, record_path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from brainfm_cli.bids.codings import LabelTable
+    from brainfm_cli.bids.labels import Harmonised
     from brainfm_cli.config import Selection
     from brainfm_cli.records import ParcellatedRun, RegionTable
 
@@ -141,6 +141,8 @@ def pack(
     InputNotFoundError
         No run is long enough to be packed.
     """
+    from brainfm_cli.bids.labels import People, harmonise
+
     several = len(datasets) > 1
     people = [People(dataset=one.name, table=one.table, labels=_labels(one)) for one in datasets]
     harmonised = harmonise(people, rules.labels, site_column=rules.site_column)

@@ -7,7 +7,6 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from brainfm_cli.bids.derivatives import write_bytes, write_json, write_text, write_tsv
 from brainfm_cli.bids.names import atlas_entities, format_name, output_name
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     from brainfm_cli.records import ParcellatedRun, RunKey
@@ -151,6 +151,8 @@ def write_atlas(
 
 def read_regions(root: Path, label: str, template: str) -> RegionTable | None:
     """The regions of an atlas that this derivative was made with; none where it holds no such table."""
+    import pandas as pd
+
     path = atlas_path(root, label, template)
     if not path.is_file():
         return None
@@ -165,6 +167,8 @@ def read_regions(root: Path, label: str, template: str) -> RegionTable | None:
 
 
 def _region_frame(regions: RegionTable, values: Sequence[int] | None) -> pd.DataFrame:
+    import pandas as pd
+
     number = len(regions.names)
     centroids = np.full((number, 3), np.nan) if regions.centroids_mm is None else np.round(regions.centroids_mm.astype(float), 2)
     return pd.DataFrame(

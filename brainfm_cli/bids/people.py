@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from brainfm_cli.bids.derivatives import write_json, write_tsv
 from brainfm_cli.errors import InputDatasetError
 
@@ -44,6 +42,8 @@ def copy_participants(table: Path, root: Path, labels: Sequence[str]) -> list[Pa
     InputDatasetError
         The table or its JSON is unreadable.
     """
+    import pandas as pd
+
     try:
         frame = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False)
         frame.index = frame["participant_id"].str.removeprefix("sub-")

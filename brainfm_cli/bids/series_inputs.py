@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import pandas as pd
 
 from brainfm_cli.bids.inputs import in_selection, matches_filters, read_filters, run_key, walk_files
 from brainfm_cli.bids.names import atlas_label, parse_name
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     from brainfm_cli.config import Selection
@@ -119,7 +119,8 @@ def find_series(root: Path, label: str, selection: Selection, *, sidecars: Seque
     folder = root / f"sub-{label}"
     # Matrices are most of the files, and none of what is looked for.
     parsed = [(path, *parse_name(path.name)) for path in walk_files(folder, _USED)]
-    jsons = [(path, *parse_name(path.name)[:2]) for path in (*sidecars, *(path for path, *_ in parsed if path.suffix == ".json"))]
+    jsons = [(path, *parse_name(path.name)[:2]) for path in sidecars]
+    jsons += [(path, entities, suffix) for path, entities, suffix, extension in parsed if extension == ".json"]
     tables: dict[RunKey, list[tuple[Path, dict[str, str], str]]] = {}
     for path, entities, suffix, extension in parsed:
         if extension == ".tsv" and "sub" in entities:
@@ -127,8 +128,10 @@ def find_series(root: Path, label: str, selection: Selection, *, sidecars: Seque
     filters = read_filters(selection, "timeseries")
     found: dict[tuple[str, str], SeriesFiles] = {}
     for path, entities, suffix, extension in parsed:
+        if suffix != "timeseries" or extension != ".tsv" or entities.get("sub") != label:
+            continue
         label_of_atlas = _atlas(entities)
-        if suffix != "timeseries" or extension != ".tsv" or label_of_atlas is None or entities.get("sub") != label:
+        if label_of_atlas is None:
             continue
         if entities.get("stat", "mean") != "mean" or not in_selection(entities, selection) or not matches_filters(entities, filters):
             continue
@@ -264,6 +267,8 @@ def _merge(sidecars: Sequence[Path]) -> dict[str, Any]:
 
 
 def _read_table(files: SeriesFiles) -> tuple[tuple[str, ...], bool, NDArray[np.float64]]:
+    import pandas as pd
+
     path = files.series
     header: int | None = None if files.producer == "HALFpipe" else 0
     try:
@@ -300,6 +305,8 @@ def _read_table(files: SeriesFiles) -> tuple[tuple[str, ...], bool, NDArray[np.f
 
 
 def _coverage(files: SeriesFiles, metadata: Mapping[str, Any], names: tuple[str, ...], *, named: bool) -> NDArray[np.float64]:
+    import pandas as pd
+
     stated = next((metadata[name] for name in _COVERAGE if isinstance(metadata.get(name), list)), None)
     if files.coverage is None:
         fits = stated is not None and len(stated) == len(names) and all(_is_number(value) for value in stated)
@@ -342,6 +349,8 @@ def _kept(files: SeriesFiles, frames: int) -> NDArray[np.bool_] | None:
 
 
 def _companion(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     try:
         return pd.read_csv(path, sep="\t", na_values=["n/a"])
     except (OSError, ValueError) as error:

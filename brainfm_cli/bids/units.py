@@ -200,16 +200,14 @@ def _record_failure(
 
 
 def _state(dataset: OutputDataset, unit: Unit) -> str:
+    record = read_record(record_path(dataset.root, unit.name))
+    if record is None:
+        return "missing"  # whatever its inputs are: a large cohort has some ten thousand
     try:
         stamps = _stamps(unit)
     except OSError:
         return "stale"  # an input vanished: doing the unit gives the named error
-    return unit_state(
-        read_record(record_path(dataset.root, unit.name)),
-        configuration_hash=dataset.configuration_hash,
-        inputs=stamps,
-        output_dir=dataset.root,
-    )
+    return unit_state(record, configuration_hash=dataset.configuration_hash, inputs=stamps, output_dir=dataset.root)
 
 
 def _stamps(unit: Unit) -> tuple[FileStamp, ...]:

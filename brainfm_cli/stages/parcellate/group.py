@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 
 from brainfm_cli.atlases.datasets import dataset_atlases
@@ -117,6 +116,8 @@ def _rebuild(dataset: OutputDataset, datasets: Sequence[PackedDataset]) -> int:
 
 def _read_coverage(table: Path) -> Coverage:
     """Coverage of every run from the quality table itself, which is written again from it."""
+    import pandas as pd
+
     text = dict.fromkeys(("participant_id", "session", "run", "atlas"), str)
     try:
         frame = pd.read_csv(table, sep="\t", dtype=text, na_values=["n/a"], keep_default_na=False)
