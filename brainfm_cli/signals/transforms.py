@@ -84,20 +84,19 @@ def motion_table(matrices: Matrix, shape: Sequence[int], affine: Matrix, centre_
 
     Notes
     -----
-    MCFLIRT's rotation is the inverse of ``Rx Ry Rz`` of its angles, and its translation is the displacement of the centre.
+    MCFLIRT's rotation is ``Rx Ry Rz`` of its angles' negatives, and its translation is the displacement of the centre. The
+    transpose of ``Rx Ry Rz`` is another rotation: it differs by products of two angles.
     """
     fsl = to_fsl(matrices, shape, affine)
     rotation = fsl[:, :3, :3]
     translation = fsl[:, :3, 3] + rotation @ centre_mm - centre_mm
-    transposed = np.zeros_like(fsl)
-    transposed[:, :3, :3] = rotation.swapaxes(1, 2)
-    return np.concatenate([translation, rigid_parameters(transposed, np.zeros(3))[:, 3:]], 1)
+    return np.concatenate([translation, -rigid_parameters(fsl, np.zeros(3))[:, 3:]], 1)
 
 
 def from_motion_table(table: NDArray[np.float64], shape: Sequence[int], affine: Matrix, centre_mm: NDArray[np.float64]) -> Matrix:
     """(frames, 4, 4) RAS transforms of a motion table; the inverse of :func:`motion_table`."""
     fsl = np.zeros((len(table), 4, 4))
-    rotation = _rotation(table[:, 3:]).swapaxes(1, 2)
+    rotation = _rotation(-table[:, 3:])
     fsl[:, :3, :3] = rotation
     fsl[:, :3, 3] = table[:, :3] - rotation @ centre_mm + centre_mm
     fsl[:, 3, 3] = 1

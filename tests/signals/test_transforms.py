@@ -9,6 +9,7 @@ import pytest
 
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals import transforms
+from brainfm_cli.signals.confounds import framewise_displacement
 
 RUN = "sub-01_task-mixedgamblestask_run-01"
 PARAMETERS = ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"]
@@ -39,21 +40,52 @@ def reference(test_data):
 
 
 def test_fmriprep_transforms_give_its_motion_table(reference):
+    """As far as the digits that were shipped say it: rotations are rounded to 1e-6, and the axes are up to 97 mm from the centre."""
     image, table, matrices, centre = reference
     ours = transforms.motion_table(matrices, image.shape, image.affine, centre)
     theirs = table[PARAMETERS].to_numpy()
-    # The shipped transforms are rounded to 1e-6, half of which, times up to 140 mm to the centre, is 7e-5 mm.
-    np.testing.assert_allclose(ours[:, 3:], theirs[:, 3:], atol=1e-6)
-    np.testing.assert_allclose(ours[:, :3], theirs[:, :3], atol=7e-5)
+    half_digit = 5e-7
+    np.testing.assert_allclose(ours[:, 3:], theirs[:, 3:], atol=1.01 * half_digit)
+    assert (np.abs(ours[:, :3] - theirs[:, :3]) < half_digit * (1 + np.abs(centre).sum())).all()
+    displaced = framewise_displacement(ours)[1:] - table["framewise_displacement"][1:]
+    assert np.abs(displaced).max() < 2 * half_digit * (3 * (1 + np.abs(centre).sum()) + 3 * 50)
+    np.testing.assert_allclose(transforms.rms_deviation(matrices, image.shape, image.affine)[1:], table["rmsd"][1:], atol=7e-5)
 
 
-def test_fmriprep_motion_table_gives_its_rmsd(reference):
-    """Without the rounding of the shipped transforms the definitions agree to 1e-5."""
+def test_fmriprep_motion_table_gives_its_transforms_digit_by_digit(reference):
+    """Rounded as MCFLIRT rounds its matrices, what the table says is what was shipped: within 1e-5, and 1.5e-5 mm."""
     image, table, shipped, centre = reference
+    fsl = transforms.to_fsl(transforms.from_motion_table(table[PARAMETERS].to_numpy(), image.shape, image.affine, centre), image.shape, image.affine)  # fmt: skip
+    written = transforms.from_fsl(fsl.round(6), image.shape, image.affine)
+    beside = ~np.eye(3, dtype=bool)
+    np.testing.assert_allclose(written[:, :3, :3][:, beside], shipped[:, :3, :3][:, beside], atol=1e-9)
+    np.testing.assert_allclose(written[:, :3, :3], shipped[:, :3, :3], atol=5e-7)  # of 0.9999998 six digits were shipped
+    apart = np.abs(written[:, :3, 3] - shipped[:, :3, 3])
+    assert apart.max() < 1.5e-5  # single precision of numbers near 100; the transposed rotation would be off by 2.1e-5
+    assert np.median(apart) < 2e-6
+
+
+def test_fmriprep_motion_table_gives_its_fd_and_rmsd(reference):
+    """Without the rounding of the shipped transforms the definitions agree to 1e-5 and better."""
+    image, table, _, centre = reference
     matrices = transforms.from_motion_table(table[PARAMETERS].to_numpy(), image.shape, image.affine, centre)
-    np.testing.assert_allclose(transforms.rms_deviation(matrices, image.shape, image.affine)[1:], table["rmsd"][1:], atol=1e-5)
-    np.testing.assert_allclose(matrices[:, :3, :3], shipped[:, :3, :3], atol=1e-6)
-    np.testing.assert_allclose(transforms.rms_deviation(shipped, image.shape, image.affine)[1:], table["rmsd"][1:], atol=7e-5)
+    again = transforms.motion_table(matrices, image.shape, image.affine, centre)
+    np.testing.assert_allclose(again, table[PARAMETERS].to_numpy(), atol=1e-9)
+    np.testing.assert_allclose(framewise_displacement(again)[1:], table["framewise_displacement"][1:], atol=1e-8)
+    # The transposed rotation would be off by 1.9e-6.
+    np.testing.assert_allclose(transforms.rms_deviation(matrices, image.shape, image.affine)[1:], table["rmsd"][1:], atol=1e-6)
+
+
+def test_the_motion_table_has_mcflirts_rotation_order(generator):
+    """Angles large enough that products of two of them show; the convention is that of FSL's miscmaths (Rx Ry Rz, sines negated)."""
+    from scipy.spatial.transform import Rotation
+
+    angles, centre, grid = generator.normal(0, 0.3, (10, 3)), np.array([31.0, 40.0, 33.0]), affine("LAS")
+    fsl = np.repeat(np.eye(4)[None], 10, 0)
+    fsl[:, :3, :3] = Rotation.from_euler("XYZ", -angles).as_matrix()
+    found = transforms.motion_table(transforms.from_fsl(fsl, SHAPE, grid), SHAPE, grid, centre)
+    np.testing.assert_allclose(found[:, 3:], angles, atol=1e-9)
+    np.testing.assert_allclose(found[:, :3], fsl[:, :3, :3] @ centre - centre, atol=1e-9)
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPI", "RPI"])
