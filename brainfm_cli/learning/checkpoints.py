@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from brainfm_cli.bids.cohort import CohortAtlas
+from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_bytes
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError
 
 MODEL_FORMAT = 1
+_FARTHEST_MM = 1.0  # rounding of centres in another file of the same atlas
 
 
 class AtlasRecord(Frozen):
@@ -39,6 +41,8 @@ class AtlasRecord(Frozen):
     """Region names, in order."""
     networks: tuple[str | None, ...] = ()
     """Functional network of each region, empty where unknown."""
+    centroids_mm: tuple[tuple[float, float, float], ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Centre of each region in template millimetres, for systems that read places; absent where not kept."""
 
     @classmethod
     def of(cls, atlas: CohortAtlas) -> AtlasRecord:
@@ -99,6 +103,46 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     if config.format != MODEL_FORMAT:
         raise CheckpointMismatchError(f"the model has layout {config.format}, not {MODEL_FORMAT}", where=path, fix="use the brainfm version that made it")  # fmt: skip
     return config
+
+
+def check_atlas(known: Mapping[str, AtlasRecord], atlas: CohortAtlas) -> None:
+    """Refuse an atlas that a model was not made for; ``known`` are the model's atlases by label.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The model does not know the atlas, or knows it with other regions or with regions in other places.
+    """
+    record = known.get(atlas.label)
+    if record is None:
+        raise CheckpointMismatchError(
+            f"the model does not know atlas {atlas.label}",
+            fix=f"parcellate with one of: {', '.join(sorted(known))}; or pretrain with this atlas",
+        )
+    if record.regions != atlas.regions.names:
+        raise CheckpointMismatchError(
+            f"atlas {atlas.label} has other regions than the one the model was made for", fix="use the same atlas file for both"
+        )
+    places = atlas.regions.centroids_mm
+    if record.centroids_mm and (places is None or np.abs(np.asarray(record.centroids_mm) - places).max() > _FARTHEST_MM):
+        raise CheckpointMismatchError(
+            f"atlas {atlas.label} has its regions in other places than the one the model was made for",
+            fix="use the same atlas file for both",
+        )
+
+
+def shared_atlases(known: Mapping[str, AtlasRecord], cohort: Cohort) -> list[str]:
+    """The cohort's atlases that a model knows, each checked; sorted.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        There is none, or one has other regions.
+    """
+    shared = sorted(set(cohort.atlases) & set(known))
+    for label in shared or sorted(cohort.atlases)[:1]:
+        check_atlas(known, cohort.atlases[label])
+    return shared
 
 
 def model_files(model_dir: Path) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch.utils.data import Dataset
 
-from brainfm_cli.bids.cohort import Cohort
+from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Execution, Settings
 from brainfm_cli.errors import InputDatasetError
@@ -25,6 +25,7 @@ from brainfm_cli.learning.samples import (
     PretrainBatch,
     PretrainSamples,
     Scan,
+    WindowRule,
     Windows,
     hold_out,
     list_scans,
@@ -81,12 +82,26 @@ class PretrainingSettings(Settings):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Credits:
+    """What outputs say of a system."""
+
+    methods: str
+    """How it is pretrained, one paragraph for a methods section."""
+    citation: str
+    """Whom to cite, one reference."""
+    follows: str
+    """What is taken over from there, ending the sentence of logs/CITATION.md."""
+    prompts: str
+    """The same of a model tuned for a target."""
+
+
 class Pretrainable(Trainable, Protocol):
     """What pretraining needs of a system beside its losses."""
 
     @property
-    def min_frames(self) -> int:
-        """Frames of the shortest window."""
+    def window_rule(self) -> WindowRule:
+        """How long windows are."""
 
     @property
     def cross_atlas_probability(self) -> float:
@@ -98,6 +113,13 @@ class Pretrainable(Trainable, Protocol):
 
 class SystemFactory(Protocol):
     """Settings of a system, from which a new model is built."""
+
+    @property
+    def credits(self) -> Credits:
+        """What the outputs say of the method and whom to cite."""
+
+    def remember(self, atlas: CohortAtlas) -> AtlasRecord:
+        """What a model keeps of an atlas; refuses one that the system cannot use."""
 
     def build(self, atlases: Mapping[str, AtlasRecord]) -> Any:  # noqa: ANN401  (a Pretrainable)
         """A model with fresh weights."""
@@ -120,8 +142,8 @@ class CohortBatches:
     """Scans per batch."""
     seed: int
     """Of order and windows."""
-    min_frames: int
-    """Frames of the shortest window."""
+    rule: WindowRule
+    """How long windows are."""
     cross_atlas: float
     """Share of batches with a view in another atlas."""
 
@@ -146,7 +168,7 @@ class CohortBatches:
 
     def _samples(self, scans: Sequence[Scan], plans: Sequence[Any], rank: int, world_size: int) -> PretrainSamples:
         mine = [shard(plan, rank=rank, world_size=world_size) for plan in plans]
-        return PretrainSamples(self.cohort, scans, mine, seed=self.seed, min_frames=self.min_frames)
+        return PretrainSamples(self.cohort, scans, mine, seed=self.seed, rule=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,17 +205,17 @@ def prepare(factory: SystemFactory, settings: PretrainingSettings, cohort: Cohor
         raise InputDatasetError(
             f"{len(training)} people train: contrast needs two", where=cohort.root, fix="give more people, or relax 'where'"
         )
-    records = {label: AtlasRecord.of(cohort.atlases[label]) for label in atlases}
+    records = {label: factory.remember(cohort.atlases[label]) for label in atlases}
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         system = factory.build(records)
     source = CohortBatches(
         cohort=cohort,
-        scans=tuple(list_scans(cohort, training, atlases, min_frames=system.min_frames)),
-        validation_scans=tuple(list_scans(cohort, validation, atlases, min_frames=system.min_frames)) if validation else (),
+        scans=tuple(list_scans(cohort, training, atlases, rule=system.window_rule)),
+        validation_scans=tuple(list_scans(cohort, validation, atlases, rule=system.window_rule)) if validation else (),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        min_frames=system.min_frames,
+        rule=system.window_rule,
         cross_atlas=system.cross_atlas_probability if len(atlases) > 1 else 0.0,
     )
     config = ModelConfig(

@@ -7,6 +7,7 @@ killed goes on with the very same batches. A batch holds one atlas. No imaging l
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 
 _SCAN = ["dataset", "participant", "session", "run"]
+_ROUNDING = 1e-6  # 200 s at 0.8 s are 250 frames, whatever binary fractions make of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,33 @@ class Scan:
     """Seconds between frames."""
     rows: Mapping[str, Any]
     """Index row per atlas label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRule:
+    """How long the random windows of pretraining are; a run that is too short for one is left out."""
+
+    min_frames: int = 1
+    """Frames of the shortest window."""
+    min_seconds: float = 0.0
+    """Seconds of the shortest window."""
+    max_seconds: float = math.inf
+    """Seconds of the longest window."""
+    min_share: float = 0.5
+    """Shortest window as a share of the longest."""
+    setting: str = "the shortest window"
+    """What to lower where no run is long enough, for the message."""
+
+    def fewest(self, repetition_time_s: float) -> int:
+        """Frames of the shortest run that is used."""
+        return max(self.min_frames, math.ceil(self.min_seconds / repetition_time_s - _ROUNDING)) if self.min_seconds else self.min_frames
+
+    def most(self, frames: int, repetition_time_s: float) -> int:
+        """Frames of the longest window of a run."""
+        return frames if math.isinf(self.max_seconds) else min(frames, int(self.max_seconds / repetition_time_s + _ROUNDING))
+
+
+_ANY_LENGTH = WindowRule()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +160,8 @@ def select_participants(cohort: Cohort, where: Mapping[str, Sequence[str]], labe
     return keys
 
 
-def list_scans(cohort: Cohort, participants: Sequence[str], atlases: Sequence[str], *, min_frames: int = 1) -> list[Scan]:
-    """Scans of these people in these atlases, sorted by name; runs shorter than ``min_frames`` are left out.
+def list_scans(cohort: Cohort, participants: Sequence[str], atlases: Sequence[str], *, rule: WindowRule = _ANY_LENGTH) -> list[Scan]:
+    """Scans of these people in these atlases, sorted by name; runs shorter than the rule's shortest window are left out.
 
     Raises
     ------
@@ -141,13 +170,21 @@ def list_scans(cohort: Cohort, participants: Sequence[str], atlases: Sequence[st
     """
     index = cohort.index
     index = index[index["participant"].isin(set(participants)) & index["atlas"].isin(set(atlases))]
-    long_enough = index[index["frames"] >= min_frames]
+    if rule.min_seconds and not (index["repetition_time"] > 0).all():
+        unknown = index.loc[~(index["repetition_time"] > 0), "participant"].iloc[0]
+        raise InputDatasetError(
+            f"the repetition time of a run of {unknown} is unknown, and windows are in seconds",
+            where=cohort.root,
+            fix="state it when parcellating (--set repetition_time_s=SECONDS), and pack again",
+        )
+    fewest = index["repetition_time"].map(rule.fewest)
+    long_enough = index[index["frames"] >= fewest]
     if long_enough.empty:
         longest = int(index["frames"].max()) if len(index) else 0
         raise InputDatasetError(
-            f"no run has {min_frames} frames (the longest has {longest})",
+            f"no run has {int(fewest.min()) if len(index) else rule.min_frames} frames (the longest has {longest})",
             where=cohort.root,
-            fix="lower system.graph.min_frames, or give longer runs",
+            fix=f"lower {rule.setting}, or give longer runs",
         )
     by_scan: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in long_enough.fillna({"session": "", "run": "", "site": ""}).itertuples():
@@ -208,12 +245,12 @@ def shard(plan: BatchPlan, *, rank: int, world_size: int) -> BatchPlan:
 class PretrainSamples(Dataset[PretrainBatch]):
     """Batches of a list of plans: item ``i`` is the whole batch of plan ``i``."""
 
-    def __init__(self, cohort: Cohort, scans: Sequence[Scan], plans: Sequence[BatchPlan], *, seed: int, min_frames: int) -> None:
+    def __init__(self, cohort: Cohort, scans: Sequence[Scan], plans: Sequence[BatchPlan], *, seed: int, rule: WindowRule) -> None:
         self.cohort = cohort
         self.scans = scans
         self.plans = plans
         self.seed = seed
-        self.min_frames = min_frames
+        self.rule = rule
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -244,16 +281,18 @@ class PretrainSamples(Dataset[PretrainBatch]):
         cuts = []
         for scan in scans:
             row = scan.rows[atlas]
-            start, length = draw_window(row.frames, self.min_frames, key=_key(self.seed, epoch, atlas, scan.name), view=view)
+            key = _key(self.seed, epoch, atlas, scan.name)
+            start, length = draw_window(row.frames, scan.repetition_time_s, self.rule, key=key, view=view)
             cuts.append(self.cohort.series(row)[start : start + length])
         return pad_windows(cuts, atlas, [scan.repetition_time_s for scan in scans])
 
 
-def draw_window(frames: int, min_frames: int, *, key: int, view: int) -> tuple[int, int]:
-    """Start and length of a random window: at least half the run and ``min_frames``, at most the run."""
+def draw_window(frames: int, repetition_time_s: float, rule: WindowRule, *, key: int, view: int) -> tuple[int, int]:
+    """Start and length of a random window of a run, in frames."""
     draw = np.random.default_rng([key, view])
-    shortest = min(frames, max(min_frames, -(-frames // 2)))
-    length = int(draw.integers(shortest, frames + 1))
+    longest = rule.most(frames, repetition_time_s)
+    shortest = min(longest, max(rule.fewest(repetition_time_s), math.ceil(longest * rule.min_share)))
+    length = int(draw.integers(shortest, longest + 1))
     return int(draw.integers(0, frames - length + 1)), length
 
 

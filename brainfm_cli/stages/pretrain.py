@@ -43,7 +43,9 @@ def pretrain(call: Invocation, settings: PretrainSettings) -> int:
     if call.dry_run:
         _print_plan(prepare(settings.system, settings, cohort, participants), settings)
         return 0
-    dataset = OutputDataset.open(call.output_dir, command="pretrain", settings=settings, sources=[call.input_dir], citation=_CITATION)
+    dataset = OutputDataset.open(
+        call.output_dir, command="pretrain", settings=settings, sources=[call.input_dir], citation=_citation(settings)
+    )
     folder = dataset.root / "models" / f"{settings.system.kind}-{dataset.configuration_hash[:8]}"
     arguments = {
         "cohort_dir": cohort.root,
@@ -101,16 +103,11 @@ def model_card(name: str, prepared: Prepared, settings: PretrainSettings, result
     return "\n".join(lines) + "\n"
 
 
-_CITATION = """# How this was made
-
-Pretrained with `brainfm pretrain`. Cite brainfm (CITATION.cff) and, for brain-graph models, BrainGFM: A Brain Graph
-Foundation Model (Wei et al., ICLR 2026), whose architecture and objectives they follow.
-"""
-_METHODS = (
-    "Region series were cut into two random windows per scan; connectivity was standardised edge by edge with the statistics of the training "
-    "people. The encoder was trained to reconstruct the connectivity rows (smooth L1) and edges (cross-entropy) of hidden regions, and by "
-    "contrast between the two windows of a scan and between two atlases, negatives coming from other people of the same dataset."
-)
+def _citation(settings: PretrainSettings) -> str:
+    return (
+        "# How this was made\n\nPretrained with `brainfm pretrain`. Cite brainfm (CITATION.cff) and, "
+        f"for {settings.system.kind} models, {settings.system.credits.follows}\n"
+    )
 
 
 def _report(name: str, prepared: Prepared, settings: PretrainSettings, result: TrainingResult) -> str:
@@ -133,8 +130,8 @@ def _report(name: str, prepared: Prepared, settings: PretrainSettings, result: T
         facts=facts,
         notes=notes,
         people=_people(prepared),
-        methods=_METHODS,
-        citations=("Wei et al., A Brain Graph Foundation Model, ICLR 2026",),
+        methods=settings.system.credits.methods,
+        citations=(settings.system.credits.citation,),
     )
     return page.render()
 

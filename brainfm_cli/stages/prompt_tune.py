@@ -27,7 +27,7 @@ from brainfm_cli.learning.tuned import TargetRecord, prepare_inputs, save_tuned,
 from brainfm_cli.learning.tuning import TuningSettings
 from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
-from brainfm_cli.systems import load_system
+from brainfm_cli.systems import load_system, read_system_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ def prompt_tune(call: Invocation, settings: PromptTuneSettings) -> int:
         _print_plan(call.model, target, settings)
         return 0
     sources = [call.input_dir, source_of_model(call.model)]
-    dataset = OutputDataset.open(call.output_dir, command="prompt-tune", settings=settings, sources=sources, citation=_CITATION)
+    dataset = OutputDataset.open(call.output_dir, command="prompt-tune", settings=settings, sources=sources, citation=_citation(call.model))
     folder = dataset.root / "models" / f"{config.system['kind']}-{_slug(settings.target)}-{dataset.configuration_hash[:8]}"
     arguments = {
         "cohort_dir": cohort.root,
@@ -197,11 +197,12 @@ def _card(name: str, target: Target, record: TargetRecord) -> str:
     )
 
 
-_CITATION = """# How this was made
-
-Tuned with `brainfm prompt-tune`. Cite brainfm (CITATION.cff) and, for brain-graph models, BrainGFM: A Brain Graph
-Foundation Model (Wei et al., ICLR 2026), whose graph prompts it uses.
-"""
+def _citation(model: Path) -> str:
+    system = read_system_settings(model)
+    return (
+        "# How this was made\n\nTuned with `brainfm prompt-tune`. Cite brainfm (CITATION.cff) and, "
+        f"for {system.kind} models, {system.credits.prompts}\n"
+    )
 
 
 def _atlases(cohort: Cohort, known: list[str], settings: PromptTuneSettings, call: Invocation) -> tuple[str, ...]:

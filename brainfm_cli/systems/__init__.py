@@ -12,7 +12,19 @@ from brainfm_cli.systems.brain_graph import BrainGraph, BrainGraphSettings
 SystemSettings = BrainGraphSettings
 System = BrainGraph
 
-_LOADERS = {"brain-graph": BrainGraph.load}
+_KNOWN = {"brain-graph": (BrainGraphSettings, BrainGraph)}
+
+
+def read_system_settings(model_dir: Path) -> SystemSettings:
+    """Settings of the system of a ``models/<id>`` folder.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The system is unknown.
+    """
+    values = read_model_config(model_dir).system
+    return _known(model_dir)[0].from_values(values, where=model_dir / "config.yaml")
 
 
 def load_system(model_dir: Path) -> System:
@@ -25,7 +37,11 @@ def load_system(model_dir: Path) -> System:
     CheckpointMismatchError
         The folder holds no brainfm model, a damaged one, or one of an unknown system.
     """
+    return _known(model_dir)[1].load(model_dir)
+
+
+def _known(model_dir: Path) -> tuple[type[SystemSettings], type[System]]:
     kind = read_model_config(model_dir).system.get("kind")
-    if kind not in _LOADERS:
-        raise CheckpointMismatchError(f"the model's system '{kind}' is unknown", where=model_dir, fix=f"known: {', '.join(_LOADERS)}")
-    return _LOADERS[kind](model_dir)
+    if kind not in _KNOWN:
+        raise CheckpointMismatchError(f"the model's system '{kind}' is unknown", where=model_dir, fix=f"known: {', '.join(_KNOWN)}")
+    return _KNOWN[kind]

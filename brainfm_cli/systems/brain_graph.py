@@ -15,10 +15,11 @@ from torch import Tensor
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.config import Frozen
-from brainfm_cli.errors import CheckpointMismatchError, SettingsError
+from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning import objectives
-from brainfm_cli.learning.checkpoints import AtlasRecord, load_weights, read_model_config
-from brainfm_cli.learning.samples import PretrainBatch, Windows, pad_windows
+from brainfm_cli.learning.checkpoints import AtlasRecord, check_atlas, load_weights, read_model_config, shared_atlases
+from brainfm_cli.learning.pretraining import Credits
+from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
 from brainfm_cli.models.graph_encoder import EncoderShape, Encoding
 from brainfm_cli.models.graph_model import GraphModel
 from brainfm_cli.models.graphs import (
@@ -42,6 +43,16 @@ PRESETS: dict[str, EncoderShape] = {
     "small": EncoderShape(width=128, num_heads=4, feedforward=256, num_layers=2),
     "tiny": EncoderShape(width=64, num_heads=4, feedforward=128, num_blocks=2, num_layers=1, dropout=0.0),
 }
+_CREDITS = Credits(
+    methods=(
+        "Region series were cut into two random windows per scan; connectivity was standardised edge by edge with the statistics of the training "
+        "people. The encoder was trained to reconstruct the connectivity rows (smooth L1) and edges (cross-entropy) of hidden regions, and by "
+        "contrast between the two windows of a scan and between two atlases, negatives coming from other people of the same dataset."
+    ),
+    citation="Wei et al., A Brain Graph Foundation Model, ICLR 2026",
+    follows="BrainGFM: A Brain Graph\nFoundation Model (Wei et al., ICLR 2026), whose architecture and objectives they follow.",
+    prompts="BrainGFM: A Brain Graph\nFoundation Model (Wei et al., ICLR 2026), whose graph prompts it uses.",
+)
 _SMALLEST_SPREAD = 1e-4  # an edge without spread tells nothing, and dividing by it would blow noise up
 _HIDE_FIRST, _HIDE_SECOND, _DROP, _NOISE, _NON_EDGES = range(5)  # streams of the hashed random numbers
 
@@ -133,6 +144,15 @@ class BrainGraphSettings(Frozen):
     def _dropout(self) -> dict[str, float]:
         return {} if self.dropout is None else {"dropout": self.dropout}  # 0 is a value, not 'unset'
 
+    @property
+    def credits(self) -> Credits:
+        """What the outputs say of the method and whom to cite."""
+        return _CREDITS
+
+    def remember(self, atlas: CohortAtlas) -> AtlasRecord:
+        """What a model keeps of an atlas."""
+        return AtlasRecord.of(atlas)
+
     def build(self, atlases: Mapping[str, AtlasRecord]) -> BrainGraph:
         """A new model for these atlases, with weights from torch's global generator."""
         for label, atlas in atlases.items():
@@ -186,9 +206,9 @@ class BrainGraph:
         return {"node": losses.node, "edge": losses.edge, "contrast": losses.contrast, "cross_atlas": losses.cross_atlas}
 
     @property
-    def min_frames(self) -> int:
-        """Frames of the shortest window."""
-        return self.settings.graph.min_frames
+    def window_rule(self) -> WindowRule:
+        """How long windows are."""
+        return WindowRule(min_frames=self.settings.graph.min_frames, setting="system.graph.min_frames")
 
     @property
     def cross_atlas_probability(self) -> float:
@@ -228,36 +248,12 @@ class BrainGraph:
         return summary
 
     def check_atlas(self, atlas: CohortAtlas) -> None:
-        """Refuse an atlas that the model was not made for.
-
-        Raises
-        ------
-        CheckpointMismatchError
-            The model does not know the atlas, or knows it with other regions.
-        """
-        known = self.atlases.get(atlas.label)
-        if known is None:
-            raise CheckpointMismatchError(
-                f"the model does not know atlas {atlas.label}",
-                fix=f"parcellate with one of: {', '.join(sorted(self.atlases))}; or pretrain with this atlas",
-            )
-        if known.regions != atlas.regions.names:
-            raise CheckpointMismatchError(
-                f"atlas {atlas.label} has other regions than the one the model was made for", fix="use the same atlas file for both"
-            )
+        """Refuse an atlas that the model was not made for."""
+        check_atlas(self.atlases, atlas)
 
     def usable_atlases(self, cohort: Cohort) -> list[str]:
-        """The cohort's atlases that the model knows, each checked; sorted.
-
-        Raises
-        ------
-        CheckpointMismatchError
-            There is none, or one has other regions.
-        """
-        shared = sorted(set(cohort.atlases) & set(self.atlases))
-        for label in shared or sorted(cohort.atlases)[:1]:
-            self.check_atlas(cohort.atlases[label])
-        return shared
+        """The cohort's atlases that the model knows, each checked; sorted."""
+        return shared_atlases(self.atlases, cohort)
 
     def graphs(self, windows: Windows) -> Graphs:
         """Standardised graphs of a batch of windows, on the windows' device."""

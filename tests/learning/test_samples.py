@@ -16,6 +16,7 @@ from brainfm_cli.learning.samples import (
     BatchPlan,
     PretrainSamples,
     Scan,
+    WindowRule,
     draw_window,
     hold_out,
     list_scans,
@@ -30,6 +31,7 @@ from brainfm_cli.records import RegionTable
 
 PEOPLE = [f"one+{place:02d}" for place in range(7)] + [f"two+{place:02d}" for place in range(5)]
 REGIONS = {"A": 5, "B": 6}
+RULE = WindowRule(min_frames=60)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 @pytest.fixture(scope="module")
 def scans(cohort: Cohort) -> list[Scan]:
-    return list_scans(cohort, PEOPLE, ["A", "B"], min_frames=60)
+    return list_scans(cohort, PEOPLE, ["A", "B"], rule=RULE)
 
 
 def test_people_are_selected_by_columns_and_labels(cohort: Cohort) -> None:
@@ -87,7 +89,7 @@ def test_scans_gather_the_atlases_of_a_run(cohort: Cohort, scans: list[Scan]) ->
         assert scan.repetition_time_s == 2.0
     assert [scan.participant for scan in list_scans(cohort, [PEOPLE[1]], ["A"])] == [PEOPLE[1]]
     with pytest.raises(InputDatasetError, match=r"no run has 60 frames \(the longest has 30"):
-        list_scans(cohort, [PEOPLE[1]], ["A"], min_frames=60)
+        list_scans(cohort, [PEOPLE[1]], ["A"], rule=RULE)
     with pytest.raises(InputDatasetError, match="no run"):
         list_scans(cohort, PEOPLE[-3:], ["B"])
 
@@ -167,13 +169,13 @@ def test_shares_cover_the_batch_and_are_equally_large(world_size: int) -> None:
 
 @pytest.mark.parametrize(("frames", "shortest"), [(200, 100), (100, 60), (60, 60), (40, 40)])
 def test_windows_are_at_least_half_the_run_and_the_shortest_allowed(frames: int, shortest: int) -> None:
-    cuts = [draw_window(frames, 60, key=key, view=view) for key in range(800) for view in (0, 1)]
+    cuts = [draw_window(frames, 2.0, RULE, key=key, view=view) for key in range(800) for view in (0, 1)]
     lengths = {length for _, length in cuts}
     assert min(lengths) == shortest
     assert max(lengths) == frames
     assert min(start for start, _ in cuts) == 0
     assert max(start + length for start, length in cuts) == frames
-    assert cuts == [draw_window(frames, 60, key=key, view=view) for key in range(800) for view in (0, 1)]
+    assert cuts == [draw_window(frames, 2.0, RULE, key=key, view=view) for key in range(800) for view in (0, 1)]
     if shortest < frames:
         pairs = list(zip(cuts[::2], cuts[1::2], strict=True))
         assert sum(one != two for one, two in pairs) > 0.99 * len(pairs)  # two views are two windows
@@ -181,7 +183,7 @@ def test_windows_are_at_least_half_the_run_and_the_shortest_allowed(frames: int,
 
 def by_scan(cohort: Cohort, scans: list[Scan], plans: list[BatchPlan], seed: int) -> dict[tuple[str, int, str], torch.Tensor]:
     """Key and both windows of every scan of every batch."""
-    samples = PretrainSamples(cohort, scans, plans, seed=seed, min_frames=60)
+    samples = PretrainSamples(cohort, scans, plans, seed=seed, rule=RULE)
     found = {}
     for place in range(len(samples)):
         batch = samples[place]
@@ -208,7 +210,7 @@ def test_windows_are_a_function_of_seed_epoch_and_scan(cohort: Cohort, scans: li
 
 def test_a_batch_is_cut_from_its_scans(cohort: Cohort, scans: list[Scan]) -> None:
     plan = BatchPlan(atlas="A", scans=tuple(range(len(scans))), other_atlas="B", epoch=0)
-    batch = PretrainSamples(cohort, scans, [plan], seed=0, min_frames=60)[0]
+    batch = PretrainSamples(cohort, scans, [plan], seed=0, rule=RULE)[0]
     assert batch.crossed
     assert batch.other is not None
     assert batch.other_rows.tolist() == [row for row, scan in enumerate(scans) if "B" in scan.rows]
@@ -232,7 +234,7 @@ def test_a_batch_is_cut_from_its_scans(cohort: Cohort, scans: list[Scan]) -> Non
 
 def test_a_batch_whose_other_atlas_nobody_has_says_so(cohort: Cohort, scans: list[Scan]) -> None:
     lacking = tuple(row for row, scan in enumerate(scans) if "B" not in scan.rows)
-    batch = PretrainSamples(cohort, scans, [BatchPlan(atlas="A", scans=lacking, other_atlas="B", epoch=0)], seed=0, min_frames=60)[0]
+    batch = PretrainSamples(cohort, scans, [BatchPlan(atlas="A", scans=lacking, other_atlas="B", epoch=0)], seed=0, rule=RULE)[0]
     assert batch.crossed  # as on the ranks whose scans have it: their contrast waits for this one
     assert batch.other is None
     assert batch.other_rows.tolist() == []
