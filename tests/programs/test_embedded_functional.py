@@ -34,13 +34,13 @@ def contrast(labels: np.ndarray) -> np.ndarray:
     return ndimage.gaussian_filter(np.array([0, 1400, 1000, 800, 150], np.float32)[labels], 0.6)
 
 
-def seen_by_scanner(motion: np.ndarray) -> np.ndarray:
+def seen_by_scanner(motion: np.ndarray, shape: tuple[int, ...] = BOLD_SHAPE, affine: np.ndarray = BOLD_AFFINE) -> np.ndarray:
     """(frames, x, y, z) of the head, moved by transforms from reference points to frame points."""
     still = contrast(tissues())
     frames = []
     for move in motion:
-        matrix = np.linalg.inv(AFFINE) @ np.linalg.inv(move) @ BOLD_AFFINE
-        frames.append(ndimage.affine_transform(still, matrix[:3, :3], matrix[:3, 3], BOLD_SHAPE, order=3, mode="constant"))
+        matrix = np.linalg.inv(AFFINE) @ np.linalg.inv(move) @ affine
+        frames.append(ndimage.affine_transform(still, matrix[:3, :3], matrix[:3, 3], shape, order=3, mode="constant"))
     return np.stack(frames).astype(np.float32)
 
 
@@ -118,14 +118,16 @@ def test_coregistration_finds_the_head_wherever_it_lies(tmp_path: Path, generato
         assert information > 0.3
 
 
-def chain(tmp_path: Path, frames: np.ndarray, generator: np.random.Generator, *, move: np.ndarray | None = None) -> dict[str, str]:
+def chain(
+    tmp_path: Path, frames: np.ndarray, generator: np.random.Generator, *, move: np.ndarray | None = None, affine: np.ndarray = BOLD_AFFINE
+) -> dict[str, str]:
     """Files of a run up to its masks; structure and template are one space, so that the truth is known everywhere."""
     labels = tissues()
     inside = np.asarray(ndimage.binary_fill_holes((labels > 0) & (labels < 4)))
     mask = write_image(tmp_path / "mask.nii", inside.astype(np.uint8), AFFINE)
     shares = [ndimage.gaussian_filter((labels == code).astype(np.float32), 0.4) for code in (1, 2, 3)]
     probabilities = [str(write_image(tmp_path / f"p{code}.nii", share, AFFINE)) for code, share in enumerate(shares)]
-    about = functional.store(folder(tmp_path, "store"), save_run(tmp_path / "bold.nii.gz", frames), TR)
+    about = functional.store(folder(tmp_path, "store"), save_run(tmp_path / "bold.nii.gz", frames, affine), TR)
     boldref, motion = functional.align_frames(folder(tmp_path, "realign"), about, 1)
     coreg = str(write_text(tmp_path / "coreg.txt", itk_text(np.eye(4) if move is None else move)))
     masks, fractions = functional.native_masks(folder(tmp_path, "masks"), boldref, coreg, str(mask), probabilities)
@@ -180,6 +182,67 @@ def test_a_moving_head_stands_still_after_one_interpolation(tmp_path: Path, gene
     assert np.corrcoef(confounds["trans_z"], planted[:, 2, 3])[0, 1] ** 2 > 0.9
     described = json.loads(Path(description).read_text())
     assert described["a_comp_cor_00"]["Mask"] == "combined"
+
+
+# Axes of the voxels, their sizes in millimetres, and the tilt of the grid in radians.
+GRIDS = {
+    "anisotropic": ("LAS", (3.0, 3.0, 5.0), 0.0),
+    "anisotropic, RPI": ("RPI", (3.0, 3.0, 5.0), 0.0),
+    "anisotropic, oblique": ("LAS", (3.0, 3.0, 5.0), 0.3),
+    "sagittal slices, oblique": ("PSR", (3.5, 3.0, 5.0), -0.25),
+}
+
+
+def scanner_grid(axes: str, zooms: tuple[float, float, float], tilt: float) -> tuple[tuple[int, ...], np.ndarray]:
+    """A grid around the whole head whose voxel axes point as named."""
+    towards = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    rotation = rigid(np.array([0, 0, 0, tilt, tilt / 3, tilt / 2]), np.zeros(3))
+    directions = np.array([towards[axis] for axis in axes], float).T
+    extents = np.abs(directions.T) @ [176.0, 214.0, 176.0]
+    shape = tuple(np.ceil(extents / zooms).astype(int).tolist())
+    affine = np.eye(4)
+    affine[:3, :3] = directions * zooms
+    affine = rotation @ affine
+    affine[:3, 3] = -affine[:3, :3] @ (0.5 * (np.array(shape) - 1))
+    return shape, affine
+
+
+@pytest.mark.parametrize("grid", [pytest.param(name, marks=() if name == "anisotropic, oblique" else pytest.mark.long) for name in GRIDS])
+def test_voxels_of_any_shape_and_direction(tmp_path: Path, grid: str, generator: np.random.Generator) -> None:
+    """Motion, coregistration, masks and one-step resampling where the scanner's axes are not the head's, nor voxels cubes."""
+    shape, affine = scanner_grid(*GRIDS[grid])
+    motion = drift(6, generator)
+    frames = seen_by_scanner(motion, shape, affine)
+    files = chain(tmp_path, frames, generator, affine=affine)
+    corners = np.array([[-50, -60, -40, 1], [50, 60, 50, 1], [0, 60, -40, 1], [0, 0, 0, 1.0]]).T
+    moves = read_itk(Path(files["motion"]))
+    from_first = [one @ np.linalg.inv(one[0]) for one in (moves, motion)]  # apart from where the reference lies
+    assert np.abs((from_first[0] - from_first[1]) @ corners).max() < 0.15  # mm
+
+    labels = tissues()
+    structural = write_image(tmp_path / "t1w.nii", t1w(labels, generator), AFFINE)
+    coreg, _ = functional.coregister(
+        folder(tmp_path, "coreg"), files["boldref"], str(structural), files["mask"], EmbeddedSettings(), seed=1
+    )
+    # The reference lies between the frames; the structure where it was when none had moved.
+    reference = np.mean([np.linalg.inv(move) @ planted for move, planted in zip(moves, motion, strict=True)], 0)
+    error = np.abs((read_itk(Path(coreg))[0] - reference) @ corners).max()
+    assert error < 1.5, error  # mm, of voxels of 5 mm
+
+    identity = str(write_text(tmp_path / "identity.txt", itk_text(np.eye(4))))
+    brain, wanted = template_brain(tmp_path)
+    found, gate = sampling.resample_run(
+        folder(tmp_path, "sample"), files["about"], files["masks"], files["motion"], coreg, identity, brain, EmbeddedSettings(), 2
+    )
+    assert gate["value"] > 0.99
+    mean = np.asarray(nib.load(found["boldref"]).dataobj)
+    inner = {code: ndimage.binary_erosion(wanted == code, iterations=3) for code in (2, 3)}
+    assert mean[inner[3]].mean() == pytest.approx(800, rel=0.03)
+    assert mean[inner[2]].mean() == pytest.approx(1000, rel=0.05)
+    codes = np.asarray(nib.load(files["masks"]).dataobj).astype(np.uint8)
+    truth = tissues(shape, affine)
+    inside = np.asarray(ndimage.binary_fill_holes((truth > 0) & (truth < 4)))
+    assert 2 * ((codes & 1) * inside).sum() / ((codes & 1).sum() + inside.sum()) > 0.95
 
 
 def test_threads_change_nothing(tmp_path: Path, generator: np.random.Generator) -> None:
