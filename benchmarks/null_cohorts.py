@@ -33,7 +33,8 @@ from brainfm_cli.learning.targets import participant_table, read_target
 from brainfm_cli.learning.tuned import TunedPredictor, prepare_inputs
 from brainfm_cli.learning.tuning import TuningSettings
 from brainfm_cli.stages.simulate import SimulateSettings, write_cohort
-from brainfm_cli.systems import SystemSettings, load_system
+from brainfm_cli.systems import load_system
+from brainfm_cli.systems.brain_graph import BrainGraphSettings
 
 _PRETRAINING_SEED = 100_000
 
@@ -53,7 +54,7 @@ def pretrain(folder: Path, *, people: int, atlas: str, epochs: int) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         cohort = simulate(Path(scratch), seed=_PRETRAINING_SEED, people=people, atlas=atlas)
         settings = PretrainingSettings(epochs=epochs)
-        prepared = prepare(SystemSettings(kind="brain-graph", preset="tiny"), settings, cohort, sorted(cohort.participants.index))
+        prepared = prepare(BrainGraphSettings(kind="brain-graph", preset="tiny"), settings, cohort, sorted(cohort.participants.index))
         pretrain_model(prepared, settings, Execution(device="cpu"), folder)
     return folder
 

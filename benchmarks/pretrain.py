@@ -25,7 +25,7 @@ from brainfm_cli.learning.checkpoints import AtlasRecord
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import PretrainBatch, Windows
 from brainfm_cli.models import attention
-from brainfm_cli.systems import SystemSettings
+from brainfm_cli.systems.brain_graph import BrainGraphSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ def beside_floor(
 
 def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    settings = SystemSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
+    settings = BrainGraphSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
     torch.manual_seed(0)
     system = settings.build({"A": AtlasRecord(template="T", regions=tuple(f"r{i}" for i in range(regions)))})
     module = system.module.to(device)

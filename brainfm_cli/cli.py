@@ -68,7 +68,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "atlases": (Annotated[Strings, typer.Option("--atlases", "--atlas", help="Atlas names; see 'brainfm assets list'.")], ()),
     "min_coverage": (Annotated[float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Smallest share of a region inside the brain mask.")], None),
     "denoise_strategy": (Annotated[str | None, typer.Option("--denoise-strategy", help="none, simple, scrubbing or compcor, each with or without +gsr.")], None),
-    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph.")], None),
+    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph or drug-response.")], None),
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
     "kind": (Annotated[str | None, typer.Option("--kind", help="rest.")], None),
@@ -203,6 +203,14 @@ def pretrain(call: Invocation) -> int:
     from brainfm_cli.stages.pretrain import PretrainSettings, pretrain
 
     return pretrain(call, PretrainSettings.read(call.config, call.overrides))
+
+
+@command("align", levels=("group",), options=("model", "target", *TRAIN))
+def align(call: Invocation) -> int:
+    """Align a pretrained model with texts of disorders, so that unseen ones can be scored by their text."""
+    from brainfm_cli.stages.align import AlignSettings, align
+
+    return align(call, AlignSettings.read(call.config, call.overrides))
 
 
 @command("prompt-tune", levels=("group",), options=("system", "model", "target", *TRAIN))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from brainfm_cli.errors import SettingsError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 Level = Literal["participant", "group"]
 
@@ -238,13 +238,26 @@ def _sentences(cls: type[BaseModel], error: ValidationError) -> str:
     known = sorted(_field_paths(cls))
     parts = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
+        path, message = _path_and_message(cls, problem)
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(path.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1)
             parts.append(f"unknown field '{path}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
         else:
-            parts.append(f"'{path or 'settings'}': {problem['msg']}")
+            parts.append(f"'{path or 'settings'}': {message}")
     return "; ".join(parts)
+
+
+def _path_and_message(cls: type[BaseModel], problem: Mapping[str, Any]) -> tuple[str, str]:
+    """Where as typed on the command line, and what: pydantic puts the member's name into the paths of a union."""
+    place, message = list(problem["loc"]), str(problem["msg"])
+    field = cls.model_fields.get(str(place[0])) if place else None
+    if field is not None and field.discriminator is not None:
+        del place[1:2]
+        if problem["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+            place.append(str(field.discriminator))
+            expected = problem.get("ctx", {}).get("expected_tags")
+            message = f"Input should be {' or '.join(expected.split(', '))}" if expected else "Field required"
+    return ".".join(map(str, place)), message
 
 
 def _field_paths(cls: type[BaseModel], prefix: str = "") -> set[str]:

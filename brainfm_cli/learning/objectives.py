@@ -98,6 +98,14 @@ def embedding_spread(vectors: Tensor) -> Tensor:
     return vectors.detach().float().std(dim=0, correction=0).mean()
 
 
+def effective_rank(vectors: Tensor) -> Tensor:
+    """Exponential of the entropy of the batch's singular values (Roy and Vetterli 2007): 1 means that all lie on one line."""
+    centred = vectors.detach().float()
+    values = torch.linalg.svdvals(centred - centred.mean(dim=0))
+    shares = values / values.sum().clamp_min(1e-12)
+    return torch.exp(-torch.xlogy(shares, shares).sum())
+
+
 def gather_ranks(x: Tensor) -> Tensor:
     """The rows of every rank, in rank order, with gradients to all of them; ``x`` itself on one rank."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from brainfm_cli.errors import CheckpointMismatchError
 from brainfm_cli.learning.checkpoints import read_model_config
 from brainfm_cli.systems.brain_graph import BrainGraph, BrainGraphSettings
+from brainfm_cli.systems.drug_response import DrugResponse, DrugResponseSettings
 
-# Add a system here: one more member of both, joined with "|" as Annotated[A | B, Field(discriminator="kind")].
-SystemSettings = BrainGraphSettings
-System = BrainGraph
+# Add a system here: one more member of both unions, and its kind.
+SystemSettings = Annotated[BrainGraphSettings | DrugResponseSettings, Field(discriminator="kind")]
+System = BrainGraph | DrugResponse
 
-_KNOWN = {"brain-graph": (BrainGraphSettings, BrainGraph)}
+_KNOWN: dict[str, tuple[type[BrainGraphSettings | DrugResponseSettings], type[System]]] = {
+    "brain-graph": (BrainGraphSettings, BrainGraph),
+    "drug-response": (DrugResponseSettings, DrugResponse),
+}
 
 
-def read_system_settings(model_dir: Path) -> SystemSettings:
+def read_system_settings(model_dir: Path) -> BrainGraphSettings | DrugResponseSettings:
     """Settings of the system of a ``models/<id>`` folder.
 
     Raises
@@ -40,7 +47,7 @@ def load_system(model_dir: Path) -> System:
     return _known(model_dir)[1].load(model_dir)
 
 
-def _known(model_dir: Path) -> tuple[type[SystemSettings], type[System]]:
+def _known(model_dir: Path) -> tuple[type[BrainGraphSettings | DrugResponseSettings], type[System]]:
     kind = read_model_config(model_dir).system.get("kind")
     if kind not in _KNOWN:
         raise CheckpointMismatchError(f"the model's system '{kind}' is unknown", where=model_dir, fix=f"known: {', '.join(_KNOWN)}")

@@ -309,7 +309,7 @@ def test_targets_that_are_none_are_refused(chain: Chain, tmp_path: Path, said: C
     assert brainfm("predict", series, tmp_path / "out", "group", *tuned, "--target", "sex", "--set", HOLDOUT) == 78
     assert "nobody has 'sex' = control, case" in said()
     assert brainfm("pretrain", series, tmp_path / "out", "group", "--system", "brain-unknown") == 78
-    assert "'system.kind': Input should be 'brain-graph'" in said()
+    assert "'system.kind': Input should be 'brain-graph' or 'drug-response'" in said()
     assert not (tmp_path / "out" / "models").exists()
 
 

@@ -1,0 +1,66 @@
+"""What is read from a frozen series encoder: the class token and means of patch tokens, over all regions and over networks.
+
+Which regions count is what a target's prompt learns; untuned, all count the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from brainfm_cli.models.series_encoder import SeriesEncoding
+
+_SHARPNESS = 10.0
+"""How fast weights of regions follow the prompt: steps of 0.01 must matter within tens of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesReadout:
+    """What the frozen encoder says of whole runs in one atlas."""
+
+    atlas: str
+    """Atlas label."""
+    summary: Tensor
+    """(runs, width) class token, averaged over windows."""
+    regions: Tensor
+    """(runs, regions, width) patch tokens averaged over patches and windows; zero in absent regions."""
+    present: Tensor
+    """(runs, regions) bool: the region has a signal."""
+
+
+class RegionPrompt(nn.Module):
+    """Weights of regions for one target in one atlas; starts with equal ones."""
+
+    groups: Tensor | None
+
+    def __init__(self, regions: int, groups: Tensor | None) -> None:
+        """``groups`` (regions, groups) 0/1: networks that are read each by itself; none for no such reading."""
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(regions))
+        self.register_buffer("groups", groups, persistent=False)
+
+    def forward(self, readout: SeriesReadout) -> Tensor:
+        """(runs, width · (2 + groups)): class token, weighted mean over regions, weighted means over each group."""
+        weights = torch.exp(_SHARPNESS * (self.logits - self.logits.max())) * readout.present
+        parts = [readout.summary, _mean(weights[:, :, None], readout.regions).squeeze(1)]
+        if self.groups is not None:
+            parts.append(_mean(weights[:, :, None] * self.groups, readout.regions).flatten(1))
+        return torch.cat(parts, dim=1)
+
+
+def sum_by_region(encoding: SeriesEncoding, usable: Tensor) -> Tensor:
+    """(batch, regions, width) sums of patch tokens over the patches of each region; ``usable`` (batch, regions, patches)."""
+    regions, patches = usable.shape[1:]
+    tokens = encoding.tokens
+    # Padding goes to an extra row that is cut off.
+    place = torch.where(encoding.kept, encoding.order // patches, regions)
+    sums = tokens.new_zeros(len(tokens), regions + 1, tokens.shape[2])
+    return sums.scatter_add(1, place[:, :, None].expand_as(tokens), tokens)[:, :-1]
+
+
+def _mean(weights: Tensor, regions: Tensor) -> Tensor:
+    """(runs, groups, width) means of (runs, regions, width) with (runs, regions, groups) weights; zero for an empty group."""
+    total = weights.sum(dim=1)
+    return weights.transpose(1, 2) @ regions / total.clamp_min(1e-12)[:, :, None]
