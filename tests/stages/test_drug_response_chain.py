@@ -88,12 +88,19 @@ def test_the_same_seed_gives_the_same_weights(root: Path, tmp_path: Path) -> Non
         assert (first / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_tuning_leaves_the_encoder_as_it_is_and_reads_both_modalities(root: Path) -> None:
+def test_tuning_leaves_the_encoder_as_it_is(root: Path) -> None:
     before, after = only(root / "pretrain" / "models"), only(root / "tune" / "models")
     assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
     assert {name.partition(":")[2] for name in read_tensors(after / "prompts.safetensors")} == {"logits"}
-    report = (after / "report.html").read_text()
-    assert all(block in report for block in ("embedding", "edges", "groups"))
+
+
+@pytest.mark.parametrize(("blocks", "read"), [("[embedding]", {"embedding"}), ("[edges,groups]", {"edges", "groups"})])
+def test_one_modality_alone_is_a_setting(root: Path, tmp_path: Path, blocks: str, read: set[str]) -> None:
+    model = ("--model", only(root / "pretrain" / "models"))
+    assert brainfm("prompt-tune", root / "series", tmp_path, "group", *model, *TUNE, f"tuning.blocks={blocks}") == 0
+    names = {name.partition(":weights.")[2] for name in read_tensors(only(tmp_path / "models") / "head.safetensors")} - {""}
+    assert names
+    assert names <= read
 
 
 def test_people_are_predicted_alike_alone_and_in_the_evaluation(root: Path) -> None:
