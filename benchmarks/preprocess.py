@@ -19,6 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 SPACE = "MNI152NLin2009cAsym"
+SMOOTHING_MM, BLOCKS = 6.0, 13
 Transforms = np.ndarray
 
 
@@ -176,65 +177,101 @@ def realignment(folder: Path, frames: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
-    """Faces against houses in ventral temporal cortex: the preprocessed run in template space beside the run as scanned.
-
-    The region is drawn once, in the template (AAL116: fusiform, parahippocampal, lingual), and brought to the run by the transforms found.
-    """
+def ventral_points(run: nib.Nifti1Image, func: Path, stem: str, atlases: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ventral temporal cortex as a mask in the template and as (3, points) voxels of the run; millimetres there to one of the head."""
     import pandas as pd
-    from nilearn.glm.first_level import FirstLevelModel
-    from nilearn.image import index_img, load_img, resample_to_img, smooth_img
+    from nilearn.image import resample_to_img
 
     from brainfm_cli.programs.embedded import itk
     from brainfm_cli.signals.transforms import read_itk
 
-    source = next(raw.rglob("*_bold.nii.gz"))
-    stem, sub = source.name.removesuffix("_bold.nii.gz"), source.name.partition("_")[0]
-    func, anat = out / sub / "func", out / sub / "anat"
-    preprocessed = func / f"{stem}_space-{SPACE}_res-2_desc-preproc_bold.nii.gz"
-    confounds = pd.read_csv(func / f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_values="n/a")
-    first = sum(name.startswith("non_steady") for name in confounds)
-    events = pd.read_csv(source.with_name(f"{stem}_events.tsv"), sep="\t")[["onset", "duration", "trial_type"]]
-    about = json.loads(preprocessed.with_name(preprocessed.name.replace(".nii.gz", ".json")).read_text())
-    folder = atlases / f"tpl-{SPACE}"
-    labels = load_img(next(folder.glob("*AAL116*dseg.nii.gz")))
+    folder, anat = atlases / f"tpl-{SPACE}", func.with_name("anat")
+    labels = nib.load(next(folder.glob("*AAL116*dseg.nii.gz")))
     table = pd.read_csv(next(folder.glob("*AAL116*dseg.tsv")), sep="\t")
     wanted = table["index"][table["name"].str.contains("Fusiform|ParaHippo|Lingual", case=False)]
     region = nib.Nifti1Image(np.isin(labels.get_fdata(), wanted).astype(np.float32), labels.affine)
-    in_template = resample_to_img(region, index_img(str(preprocessed), 0), interpolation="nearest", force_resample=True, copy_header=True)
-    run = nib.load(source)
     covered = nib.load(func / f"{stem}_space-{SPACE}_res-2_desc-brain_mask.nii.gz")
+    in_template = resample_to_img(region, covered, interpolation="nearest", force_resample=True, copy_header=True)
     chosen = (in_template.get_fdata() > 0.5) & (covered.get_fdata() > 0)
-    in_template = nib.Nifti1Image(chosen.astype(np.uint8), covered.affine)
-    # Where each voxel of the region lies in the run as scanned, through the transforms found.
-    structural = itk.mapped_points(covered.shape, covered.affine, [anat / f"{sub}_from-T1w_to-{SPACE}_mode-image_xfm.h5"])[chosen]
+    head = itk.mapped_points(covered.shape, covered.affine, [next(anat.glob(f"*_from-T1w_to-{SPACE}_mode-image_xfm.h5"))])
     to_run = np.linalg.inv(run.affine) @ read_itk(func / f"{stem}_from-boldref_to-T1w_mode-image_desc-coreg_xfm.txt")[0]
-    index = np.rint(nib.affines.apply_affine(to_run, structural)).astype(int).clip(0, np.array(run.shape[:3]) - 1)
-    touched = np.zeros(run.shape[:3], np.uint8)
-    touched[tuple(index.T)] = 1
-    in_native = nib.Nifti1Image(touched, run.affine)
-    motion = confounds[[f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]]
-    found = {}
-    for name, image, mask, regressors, moment in (
-        ("as scanned, nilearn", run, in_native, None, 0.5),
-        ("preprocessed", nib.load(preprocessed), in_template, None, None),
-        ("as scanned, nilearn, motion regressed", run, in_native, motion, 0.5),
-        ("preprocessed, motion regressed", nib.load(preprocessed), in_template, motion, None),
-    ):
-        smooth = smooth_img(image, 6)
-        steady = index_img(smooth, slice(first, None))
-        there = chosen if mask is in_template else tuple(index.T)  # the same points of the head, whatever the voxels
-        values = steady.get_fdata(dtype=np.float32)[there]
-        tr = float(run.header.get_zooms()[3])
-        reference = moment if moment is not None else (about["StartTime"] / tr if about["SliceTimingCorrected"] else 0.5)
-        model = FirstLevelModel(t_r=tr, slice_time_ref=reference, hrf_model="spm", drift_model="cosine", high_pass=1 / 128, mask_img=mask, noise_model="ar1", smoothing_fwhm=None)  # fmt: skip
-        shifted = events.assign(onset=events["onset"] - first * tr)
-        model.fit(steady, events=shifted, confounds=None if regressors is None else regressors.iloc[first:].reset_index(drop=True))
-        z = model.compute_contrast("face - house", output_type="z_score").get_fdata()[there]
-        found[name] = {
-            "voxels": int(np.asarray(mask.dataobj).sum()), "median tSNR": round(float(np.median(values.mean(1) / values.std(1))), 2),
-            "95th percentile of |z|": round(float(np.percentile(np.abs(z), 95)), 3), "largest |z|": round(float(np.abs(z).max()), 2),
-        }  # fmt: skip
+    steps = np.stack([np.stack(np.gradient(head[..., axis]), -1)[chosen] for axis in range(3)], -2)
+    enlarged = np.cbrt(abs(np.linalg.det(covered.affine[:3, :3])) / np.abs(np.linalg.det(steps)))
+    return chosen, nib.affines.apply_affine(to_run, head[chosen]).T, float(np.median(enlarged))
+
+
+def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
+    """Faces against houses in ventral temporal cortex: the preprocessed run in template space beside the run as scanned.
+
+    The region is drawn once, in the template (AAL116: fusiform, parahippocampal, lingual), and brought to the run by the transforms
+    found. Both runs are smoothed by the same length in the person's head, which the template enlarges, and read at the same points.
+    In the third arm nothing is interpolated: what the motion found does to the reference is subtracted from the run as scanned.
+    Errors of differences are of a jackknife over blocks of frames.
+    """
+    import pandas as pd
+    from nilearn.glm.contrasts import compute_contrast
+    from nilearn.glm.first_level import make_first_level_design_matrix, run_glm
+    from nilearn.image import smooth_img
+
+    from brainfm_cli.signals.realignment import move
+    from brainfm_cli.signals.transforms import read_itk
+
+    source = next(raw.rglob("*_bold.nii.gz"))
+    run = nib.load(source)
+    stem, sub = source.name.removesuffix("_bold.nii.gz"), source.name.partition("_")[0]
+    func = out / sub / "func"
+    preprocessed = func / f"{stem}_space-{SPACE}_res-2_desc-preproc_bold.nii.gz"
+    about = json.loads(preprocessed.with_name(preprocessed.name.replace(".nii.gz", ".json")).read_text())
+    confounds = pd.read_csv(func / f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_values="n/a")
+    first = sum(name.startswith("non_steady") for name in confounds)
+    events = pd.read_csv(source.with_name(f"{stem}_events.tsv"), sep="\t")[["onset", "duration", "trial_type"]]
+    chosen, places, enlarged = ventral_points(run, func, stem, atlases)
+    tr = float(run.header.get_zooms()[3])
+    moment = about["StartTime"] / tr if about["SliceTimingCorrected"] else 0.5
+    motion = confounds[[f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]].iloc[first:].to_numpy()
+    shifted = events.assign(onset=events["onset"] - first * tr)
+
+    def design(middle: float, regressors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        times = (np.arange(run.shape[3] - first) + middle) * tr
+        names = None if regressors is None else [f"motion{number}" for number in range(6)]
+        made = make_first_level_design_matrix(times, shifted, hrf_model="spm", drift_model="cosine", high_pass=1 / 128, add_regs=regressors, add_reg_names=names)  # fmt: skip
+        return made.to_numpy(), (made.columns == "face") * 1.0 - (made.columns == "house")
+
+    def tail(values: np.ndarray, matrix: np.ndarray, contrast: np.ndarray) -> float:
+        labels, fitted = run_glm(values, matrix, noise_model="ar1")
+        return float(np.percentile(np.abs(compute_contrast(labels, fitted, contrast, stat_type="t").z_score()), 95))
+
+    def as_scanned(image: object) -> np.ndarray:
+        smooth = smooth_img(image, SMOOTHING_MM)
+        values = np.moveaxis(smooth.get_fdata(dtype=np.float32), -1, 0)[first:]
+        return np.stack([ndimage.map_coordinates(frame, places, order=1, mode="nearest") for frame in values])
+
+    reference = nib.load(func / f"{stem}_desc-hmc_boldref.nii.gz").get_fdata(dtype=np.float32)
+    moves = read_itk(func / f"{stem}_from-orig_to-boldref_mode-image_desc-hmc_xfm.txt")
+    frames = run.get_fdata(dtype=np.float32)
+    still = [frames[..., index] - move(reference, run.affine, np.linalg.inv(one)) + reference for index, one in enumerate(moves)]
+    runs = {
+        "as scanned": (0.5, as_scanned(run)),
+        "preprocessed": (moment, smooth_img(str(preprocessed), SMOOTHING_MM * enlarged).get_fdata(dtype=np.float32)[chosen].T[first:]),
+        "as scanned, motion of the reference subtracted": (0.5, as_scanned(nib.Nifti1Image(np.stack(still, -1), run.affine, run.header))),
+    }
+    blocks = np.array_split(np.arange(run.shape[3] - first), BLOCKS)
+    found: dict[str, object] = {"points": int(chosen.sum()), "millimetres of the template to one of the head": round(enlarged, 3)}
+    matrix, contrast = design(0.5, None)
+    fit, *_ = np.linalg.lstsq(matrix, motion, rcond=None)
+    spread = np.sqrt(((motion - matrix @ fit) ** 2).sum(0) / (len(motion) - matrix.shape[1]) * (contrast @ np.linalg.pinv(matrix.T @ matrix) @ contrast))  # fmt: skip
+    found["t of face - house in motion"] = (contrast @ fit / spread).round(2).tolist()
+    without: dict[str, np.ndarray] = {}
+    for regressors in (None, motion):
+        for name, (middle, values) in runs.items():
+            matrix, contrast = design(middle, regressors)
+            key = name if regressors is None else f"{name}, motion regressed"
+            whole = tail(values, matrix, contrast)
+            without[name] = np.array([tail(np.delete(values, block, 0), np.delete(matrix, block, 0), contrast) for block in blocks])
+            apart = without[name] - without["as scanned"]
+            error = np.sqrt((BLOCKS - 1) * ((apart - apart.mean()) ** 2).mean())
+            tsnr = float(np.median(values.mean(0) / values.std(0)))
+            found[key] = {"median tSNR": round(tsnr, 2), "95th percentile of |z|": round(whole, 3), "error of its difference": round(float(error), 3)}  # fmt: skip
     return found
 
 
