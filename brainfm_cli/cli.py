@@ -71,7 +71,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option("--system", help="brain-graph or drug-response.")], None),
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
-    "kind": (Annotated[str | None, typer.Option("--kind", help="rest.")], None),
+    "kind": (Annotated[str | None, typer.Option("--kind", help="rest or drug.")], None),
     "sim_level": (Annotated[str | None, typer.Option("--level", help="raw (as scanned), bold (voxel images) or series (packed region series).")], None),
     "raw": (Annotated[bool, typer.Option("--raw", help="The same as --level raw: raw BIDS, as scanned.")], False),
     "effect": (Annotated[float | None, typer.Option("--effect", min=0.0, help="Size of the planted effects; 0 gives a null cohort.")], None),

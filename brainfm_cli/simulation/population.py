@@ -132,6 +132,8 @@ class Person:
     """(8, 8) symmetric deviation of the person's log network covariance from the typical one, covariates included."""
     node_covariance: NDArray[np.float64]
     """(nodes, nodes) covariance of the source signals."""
+    node_tilt: NDArray[np.float64] | None = None
+    """(nodes,) exponent by which the power of each source signal is tilted towards fast (positive); none for no tilt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,7 +178,7 @@ class Population:
 
 
 def stream(seed: int, person: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose of one person: 0 traits, 1 couplings, 2 sources, 3 motion, 4 thermal noise."""
+    """The generator of one purpose of one person: 0 traits, 1 couplings, 2 sources, 3 motion, 4 and 5 thermal noise, 6 dynamics, 7 outcome."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(1, person, purpose))))
 
 

@@ -87,8 +87,13 @@ def build_rest(
 
 def simulate_series(simulation: RestSimulation, index: int) -> PersonSeries:
     """Person number ``index`` as denoised region series."""
-    person, drawn = _draw(simulation, index)
-    rng = stream(simulation.population.seed, index, 4)
+    return series_of(simulation, draw_person(simulation.population, index))
+
+
+def series_of(simulation: RestSimulation, person: Person) -> PersonSeries:
+    """A person as denoised region series."""
+    drawn = draw_sources(simulation.anatomy, person, simulation.population.seed, simulation.scan)
+    rng = stream(simulation.population.seed, person.index, 4)
     # Tissues first: what a person's confounds are must not depend on the atlases asked for.
     tissues, *series = region_series([simulation.tissues, *simulation.maps], drawn, rng, noise_gain=person.noise_gain)
     steady = slice(simulation.scan.non_steady_frames, None)
@@ -99,14 +104,10 @@ def simulate_series(simulation: RestSimulation, index: int) -> PersonSeries:
 
 def simulate_voxels(simulation: RestSimulation, index: int) -> tuple[Person, PersonSources, NDArray[np.float32]]:
     """Person number ``index`` as (brain voxels, frames) BOLD intensity, not denoised."""
-    person, drawn = _draw(simulation, index)
+    person = draw_person(simulation.population, index)
+    drawn = draw_sources(simulation.anatomy, person, simulation.population.seed, simulation.scan)
     rng = stream(simulation.population.seed, index, 5)
     return person, drawn, voxel_series(simulation.anatomy, drawn, rng, simulation.scan, noise_gain=person.noise_gain)
-
-
-def _draw(simulation: RestSimulation, index: int) -> tuple[Person, PersonSources]:
-    person = draw_person(simulation.population, index)
-    return person, draw_sources(simulation.anatomy, person, simulation.population.seed, simulation.scan)
 
 
 def _nuisance_basis(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import fft, linalg, signal, special
 
-from brainfm_cli.signals.confounds import FD_RADIUS_MM, framewise_displacement
+from brainfm_cli.signals.confounds import FD_RADIUS_MM, HIGH_PASS_PERIOD_S, framewise_displacement
 from brainfm_cli.simulation.population import stream
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _NODE_SD, _LOCAL_SD, _THERMAL_SD = 0.008, 0.010, 0.010
 _CSF_SD, _WHITE_SD, _BREATH_SD, _DRIFT_SD = 0.015, 0.003, 0.0015, 0.006
 _JERK_DECAY_S = 4.0
 _JERK_SHARE = 0.04
+_TILT_PIVOT_HZ = 0.03
 NON_STEADY_GAIN = 0.12  # the first frames are brighter before T1 saturation
 
 
@@ -57,20 +58,21 @@ class PersonSources:
 def draw_sources(anatomy: Anatomy, person: Person, seed: int, scan: Scan) -> PersonSources:
     """One person's sources during one scan; the same for every atlas and for the voxel image."""
     rng = stream(seed, person.index, 2)
-    nodes = rest_noise(rng, anatomy.num_nodes, scan)
+    nodes = rest_noise(rng, anatomy.num_nodes, scan, tilt=person.node_tilt)
     local = rest_noise(rng, anatomy.local.shape[1], scan)
     body = rest_noise(rng, 5, scan)
     motion = _motion(stream(seed, person.index, 3), person.mean_fd_mm, scan.frames)
     moved = framewise_displacement(motion)
     jerk = signal.lfilter([1.0], [1.0, -np.exp(-scan.repetition_time_s / _JERK_DECAY_S)], np.nan_to_num(moved) ** 1.5)
-    root = linalg.cholesky(person.node_covariance, lower=True).astype(np.float32)
+    # The symmetric root keeps each node's own spectrum on that node; the covariance is the same with either.
+    root = linalg.cholesky(person.node_covariance, lower=True) if person.node_tilt is None else _symmetric_root(person.node_covariance)
     tissues = np.stack([_CSF_SD * body[:, 0], np.zeros(scan.frames), _WHITE_SD * body[:, 1]], 1)
     tissues += _BREATH_SD * body[:, 2:3]
     slow = np.linspace(-1, 1, scan.frames)
     tissues += _DRIFT_SD * (body[:1, 3] * slow + body[:1, 4] * (slow**2 - 1 / 3))[:, None]
     sources = np.hstack(
         [
-            _NODE_SD * nodes @ root.T,
+            _NODE_SD * nodes @ root.T.astype(np.float32),
             _LOCAL_SD * local,
             motion - motion.mean(0),
             (jerk * _JERK_SHARE)[:, None],
@@ -107,10 +109,16 @@ def voxel_series(anatomy: Anatomy, drawn: PersonSources, rng: np.random.Generato
     return series
 
 
-def rest_noise(rng: np.random.Generator, count: int, scan: Scan) -> NDArray[np.float32]:
-    """(frames, count) independent Gaussian series of unit variance with the spectrum of rest."""
+def rest_noise(rng: np.random.Generator, count: int, scan: Scan, *, tilt: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+    """(frames, count) independent Gaussian series of unit variance with the spectrum of rest.
+
+    ``tilt`` (count,) multiplies each one's power by (frequency / 0.03 Hz) to that exponent; the variance of what the removal of
+    drifts leaves stays the same, so that connectivity does not show it.
+    """
     length, amplitude = _amplitudes(scan.frames, scan.repetition_time_s)
     bins = rng.standard_normal((2, count, len(amplitude)), np.float32)
+    if tilt is not None:
+        amplitude = amplitude * _tilts(tilt, amplitude, fft.rfftfreq(length, scan.repetition_time_s)).astype(np.float32)
     spectrum = (bins[0] + 1j * bins[1]) * amplitude
     # Drawn longer than needed and cut: a periodic series would tie its end to its beginning.
     return fft.irfft(spectrum, length, axis=1)[:, : scan.frames].T
@@ -128,6 +136,18 @@ def _amplitudes(frames: int, repetition_time_s: float) -> tuple[int, NDArray[np.
     # irfft divides by length; a bin of weight 2 contributes 2·E|X|²/length² with E|X|² = 2·amplitude².
     amplitude = length * np.sqrt(power / (2.0 * weight @ power))
     return length, amplitude.astype(np.float32)
+
+
+def _tilts(tilt: NDArray[np.float64], amplitude: NDArray[np.float32], frequency: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(count, bins) factors of the amplitudes."""
+    factors = (np.maximum(frequency, frequency[1]) / _TILT_PIVOT_HZ)[None, :] ** (0.5 * tilt[:, None])
+    power = np.where(frequency > 1 / HIGH_PASS_PERIOD_S, amplitude.astype(float) ** 2, 0.0)
+    return factors * np.sqrt(power.sum() / (factors**2 @ power))[:, None]
+
+
+def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def rest_power(frequency: NDArray[np.float64]) -> NDArray[np.float64]:

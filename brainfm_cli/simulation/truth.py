@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import signal, special, stats
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.model_selection import KFold, StratifiedKFold
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from brainfm_cli.simulation.rest import PersonSeries, RestSimulation
 
 COUPLING_NAMES = tuple(coupling_name(pair) for pair in COUPLINGS)
+TILT_NAMES = tuple(f"tilt {network}" for network in YEO_NETWORKS)
+_SLOW_HZ, _FAST_HZ = (0.01, 0.04), (0.05, 0.12)
 _ROWS, _COLUMNS = np.triu_indices(len(YEO_NETWORKS))
 # Keeps the logarithm finite where a short series hardly shows a network; chosen for the best recovery of the latent couplings.
 _RIDGE = 0.3
@@ -61,6 +63,22 @@ def measure_couplings(series: NDArray, shares: NDArray[np.float64]) -> NDArray[n
     return ((vectors * np.log(eigenvalues)) @ vectors.T)[_ROWS, _COLUMNS]
 
 
+def measure_tilts(series: NDArray, shares: NDArray[np.float64], repetition_time_s: float) -> NDArray[np.float64]:
+    """(7,) tilts of the Yeo networks' spectra as one run shows them, in the order of :data:`TILT_NAMES`.
+
+    The logarithm of fast over slow power of a network's regions, over the distance of the bands' centres, so that it is in
+    units of the planted exponent.
+    """
+    usable = np.isfinite(series).all(0)
+    usable &= np.where(usable, series.std(0), 0) > 0
+    values = series[:, usable].astype(float)
+    frequency, power = signal.periodogram((values - values.mean(0)) / values.std(0), 1 / repetition_time_s, axis=0)
+    slow, fast = (((frequency >= low) & (frequency < high)) for low, high in (_SLOW_HZ, _FAST_HZ))
+    weights = shares[usable] ** 2  # regions of one network tell of it, mixed ones of several
+    ratio = (power[fast].mean(0) @ weights) / (power[slow].mean(0) @ weights)
+    return np.log(ratio) / np.log(sum(_FAST_HZ) / sum(_SLOW_HZ))
+
+
 def latent_couplings(coupling: NDArray[np.float64]) -> NDArray[np.float64]:
     """(28,) a person's true couplings, in the order of :data:`COUPLING_NAMES`."""
     return coupling[_ROWS, _COLUMNS]
@@ -86,17 +104,27 @@ class Couplings:
 
 
 def attainable_features(cohort: Cohort, truth: Mapping[str, Any]) -> pd.DataFrame:
-    """The 28 couplings of everybody in a packed cohort, one row per participant and atlas; runs are averaged.
+    """What may be planted as everybody's series in a packed cohort show it, one row per participant and atlas; runs are averaged.
 
-    Atlases that truth.json does not describe are left out. Columns: participant_id, atlas, :data:`COUPLING_NAMES`.
+    Atlases that truth.json does not describe are left out. Columns: participant_id, atlas, :data:`COUPLING_NAMES`, and of a
+    trial :data:`TILT_NAMES`.
     """
+    tilted = bool(truth.get("tilts"))
     tables = []
     for label, described in truth["atlases"].items():
         if label not in cohort.atlases:
             continue
         shares = np.asarray(described["network_shares"])
-        rows = [(run.participant, label, *measure_couplings(series, shares)) for run, series in iterate_runs(cohort, label)]
-        table = pd.DataFrame(rows, columns=["participant_id", "atlas", *COUPLING_NAMES])
+        rows = [
+            (
+                run.participant,
+                label,
+                *measure_couplings(series, shares),
+                *(measure_tilts(series, shares, run.repetition_time) if tilted else ()),
+            )
+            for run, series in iterate_runs(cohort, label)
+        ]
+        table = pd.DataFrame(rows, columns=["participant_id", "atlas", *COUPLING_NAMES, *(TILT_NAMES if tilted else ())])
         tables.append(table.groupby(["participant_id", "atlas"], as_index=False, sort=False).mean())
     return pd.concat(tables, ignore_index=True)
 
@@ -138,14 +166,19 @@ def build_truth(
             "site": {f"site{chr(ord('A') + index)}": _named(shift) for index, shift in enumerate(population.site_shifts)},
         },
         "targets": {name: _score(population, participants, planted, name) for name in target_names(population)},
-        "atlases": {
-            region_map.label: {
-                "regions": list(atlas.regions.names),
-                "networks": list(region_map.networks),
-                "network_shares": network_shares(region_map).tolist(),
-            }
-            for atlas, region_map in zip(simulation.atlases, simulation.maps, strict=True)
-        },
+        "atlases": describe_atlases(simulation),
+    }
+
+
+def describe_atlases(simulation: RestSimulation) -> dict[str, Any]:
+    """What truth.json says of each atlas: its regions, and how much of each network is in each."""
+    return {
+        region_map.label: {
+            "regions": list(atlas.regions.names),
+            "networks": list(region_map.networks),
+            "network_shares": network_shares(region_map).tolist(),
+        }
+        for atlas, region_map in zip(simulation.atlases, simulation.maps, strict=True)
     }
 
 
@@ -203,7 +236,7 @@ def _score(population: Population, participants: pd.DataFrame, planted: pd.DataF
         "planted": columns,
         "bayes": round(_bayes_r2(population) if name == "age" else _bayes_auroc(shifts), 4),
         "attainable": {
-            atlas: _attainable(table.set_index("participant_id")[columns], target, participants["split"])
+            atlas: cross_validated(table.set_index("participant_id")[columns], target, participants["split"])
             for atlas, table in planted.groupby("atlas", sort=False)
         },
     }
@@ -238,8 +271,8 @@ def _bayes_r2(population: Population) -> float:
     return signal / (1 + signal)
 
 
-def _attainable(features: pd.DataFrame, target: pd.Series, split: pd.Series) -> dict[str, float | str]:
-    """Cross-validated, and from 'discovery' to 'holdout'; too few people are said to be so."""
+def cross_validated(features: pd.DataFrame, target: pd.Series, split: pd.Series) -> dict[str, float | str]:
+    """:func:`attainable_score` cross-validated, and from 'discovery' to 'holdout'; too few people are said to be so."""
     people = target.index.to_numpy()
     counts = target.value_counts() if target.isin([0, 1]).all() else pd.Series([len(target) // 2])
     if len(people) < _FEWEST or (len(counts) == 2 and counts.min() < _FEWEST // 2):

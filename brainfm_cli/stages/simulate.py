@@ -25,12 +25,25 @@ from brainfm_cli.simulation.population import CONTROL, DISORDER_NAMES, Populatio
 from brainfm_cli.simulation.raw import RawSettings, bold_frames, draw_head
 from brainfm_cli.simulation.rest import build_rest, simulate_series
 from brainfm_cli.simulation.sources import Scan
+from brainfm_cli.simulation.trial import COLUMNS as TRIAL_COLUMNS
+from brainfm_cli.simulation.trial import (
+    Planted,
+    TrialSettings,
+    build_trial,
+    build_trial_truth,
+    draw_drug_free,
+    draw_patient,
+    latents,
+    patient_series,
+)
+from brainfm_cli.simulation.trial import participants as trial_participants
 from brainfm_cli.simulation.truth import Couplings, build_truth
 
 if TYPE_CHECKING:
     from brainfm_cli.config import Invocation
     from brainfm_cli.simulation.population import Person, Population
-    from brainfm_cli.simulation.rest import RestSimulation
+    from brainfm_cli.simulation.rest import PersonSeries, RestSimulation
+    from brainfm_cli.simulation.trial import Trial
 
 DATASET = "simulated"
 TASK = "rest"
@@ -55,8 +68,9 @@ _COLUMNS = {
 class SimulateSettings(Settings):
     """Settings of ``brainfm simulate``."""
 
-    kind: Literal["rest"] = "rest"
-    """What is simulated: rest (resting-state fMRI of people with and without disorders)."""
+    kind: Literal["rest", "drug"] = "rest"
+    """What is simulated: rest (resting-state fMRI of people with and without disorders), or drug (patients of a trial, whose
+    response to treatment is planted in connectivity and in dynamics, and drug-free people); drug is written as series."""
     level: Literal["raw", "bold", "series"] = "bold"
     """raw writes T1w and BOLD as scanned, bold fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
     participants: int = Field(default=20, ge=1)
@@ -83,6 +97,8 @@ class SimulateSettings(Settings):
     """Sites, disorders, confounding."""
     raw: RawSettings = RawSettings()
     """What is planted in raw images, where nobody has a disorder."""
+    trial: TrialSettings = TrialSettings()
+    """The trial of kind drug: arms, sites, effects, drug-free people."""
 
     @field_validator("participants")
     @classmethod
@@ -90,6 +106,12 @@ class SimulateSettings(Settings):
         if value > 1_000_000:
             raise ValueError("at most a million people")
         return value
+
+    @model_validator(mode="after")
+    def _trials_are_series(self) -> SimulateSettings:
+        if self.kind == "drug" and self.level != "series":
+            raise ValueError("kind drug is written as region series only: add --level series")
+        return self
 
     @model_validator(mode="after")
     def _known_disorders(self) -> SimulateSettings:
@@ -110,7 +132,7 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
     kind = "raw" if settings.level == "raw" else "derivative"
     dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings, dataset_type=kind)
     if settings.level == "series":  # the validator wants a folder for each person of participants.tsv, and there is none
-        write_once(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\n")
+        write_once(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\nlatents.tsv\n")
     units = _units(dataset.root, settings, dict(call.datasets))
     return run_units(dataset, units, call.execution)
 
@@ -118,7 +140,8 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
 def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
     common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
     if settings.level == "series":
-        return [Unit(name="group", inputs=(), work=write_cohort, arguments=common)]
+        work = write_cohort if settings.kind == "rest" else write_trial
+        return [Unit(name="group", inputs=(), work=work, arguments=common)]
     if settings.level == "raw":
         common = {"root": root, "settings": settings}
     people = [
@@ -230,21 +253,53 @@ def write_cohort(root: Path, settings: SimulateSettings, datasets: Datasets) -> 
         for index in _indices(settings):
             seen = simulate_series(simulation, index)
             people.append(couplings.add(_label(settings, index), seen))
-            row = {
-                "dataset": DATASET,
-                "participant": _label(settings, index),
-                "session": "",
-                "run": f"task-{TASK}",
-                "site": seen.person.site,
-                "repetition_time": settings.repetition_time_s,
-                "mean_fd": seen.mean_fd_mm,
-                "kept_fraction": 1 - settings.non_steady_frames / settings.frames,
-            }
-            for atlas, series in zip(simulation.atlases, seen.series, strict=True):
-                writer.add_run(atlas.label, series, row)
+            _add_runs(writer, simulation, _label(settings, index), seen)
         table = _participants(settings, people)
         outputs = writer.finish(table.set_index("participant_id"), _COLUMNS)
     return UnitResult(outputs=(*outputs, *_write_tables(root, settings, simulation, table, couplings.table())), seed=settings.seed)
+
+
+def write_trial(root: Path, settings: SimulateSettings, datasets: Datasets) -> UnitResult:
+    """Write the packed cohort of a trial and its drug-free people, the tables and the truth."""
+    trial = _build_trial(settings, datasets)
+    drawn = {_label(settings, index): draw_patient(trial, index) for index in _indices(settings)}
+    others = range(settings.first_participant, settings.first_participant + settings.trial.drug_free)
+    drawn |= {f"{settings.label_prefix}free{index:04d}": draw_drug_free(trial, index) for index in others}
+    planted = Planted(trial)
+    with CohortWriter(root / "cohort") as writer:
+        for atlas in trial.simulation.atlases:
+            writer.add_atlas(CohortAtlas(label=atlas.label, regions=atlas.regions, template=TEMPLATE))
+        for label, patient in drawn.items():
+            seen = patient_series(trial, patient)
+            planted.add(label, patient, seen)
+            _add_runs(writer, trial.sites[patient.site], label, seen)
+        table = trial_participants(trial, list(drawn), list(drawn.values()))
+        outputs = writer.finish(table.set_index("participant_id"), TRIAL_COLUMNS)
+    truth = build_trial_truth(trial, table, planted.table(), settings=settings.model_dump(mode="json"))
+    written = (
+        write_tsv(root / "participants.tsv", table.assign(participant_id="sub-" + table["participant_id"])),
+        write_json(root / "participants.json", TRIAL_COLUMNS),
+        write_tsv(root / "planted.tsv", planted.table().round(6)),
+        write_tsv(root / "latents.tsv", latents(trial, list(drawn), list(drawn.values()))),
+        write_json(root / "truth.json", truth),
+    )
+    return UnitResult(outputs=(*outputs, *written), seed=settings.seed)
+
+
+def _add_runs(writer: CohortWriter, simulation: RestSimulation, label: str, seen: PersonSeries) -> None:
+    scan = simulation.scan
+    row = {
+        "dataset": DATASET,
+        "participant": label,
+        "session": "",
+        "run": f"task-{TASK}",
+        "site": seen.person.site,
+        "repetition_time": scan.repetition_time_s,
+        "mean_fd": seen.mean_fd_mm,
+        "kept_fraction": 1 - scan.non_steady_frames / scan.frames,
+    }
+    for atlas, series in zip(simulation.atlases, seen.series, strict=True):
+        writer.add_run(atlas.label, series, row)
 
 
 def _write_tables(
@@ -266,6 +321,20 @@ def _build(settings: SimulateSettings, datasets: Datasets) -> RestSimulation:
     """Built once per process: a worker writes many people."""
     scan = Scan(frames=settings.frames, repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames)
     return build_rest(
+        settings.population,
+        seed=settings.seed,
+        effect=settings.effect,
+        scan=scan,
+        resolution_mm=settings.resolution_mm,
+        atlases=settings.atlases,
+        datasets=dict(datasets),
+    )
+
+
+def _build_trial(settings: SimulateSettings, datasets: Datasets) -> Trial:
+    scan = Scan(frames=settings.frames, repetition_time_s=settings.repetition_time_s, non_steady_frames=settings.non_steady_frames)
+    return build_trial(
+        settings.trial,
         settings.population,
         seed=settings.seed,
         effect=settings.effect,
