@@ -22,6 +22,9 @@ class LabelColumn(Frozen):
     """The column holds numbers (and no ``classes`` are given)."""
     missing: tuple[_Code, ...] = ()
     """Codes that mean 'unknown' beside ``n/a``, e.g. -9999."""
+    where: dict[str, tuple[_Code, ...]] = {}
+    """Columns of the same table and the values with which a person has this label at all; everybody else gets none, whatever
+    the column holds: healthy controls among patients, whose response is often coded as if they had been treated."""
 
     @model_validator(mode="after")
     def _one_coding(self) -> LabelColumn:

@@ -92,7 +92,7 @@ def _people_of(
         frame["dataset"] = one.dataset
     for target, codings in labels.items():
         coding = codings[one.dataset]
-        frame[target] = np.nan if coding is None or one.table is None else _decode(rows, coding, target, one).to_numpy()
+        frame[target] = np.nan if coding is None or one.table is None else _decode(rows, coding, target, one, notes).to_numpy()
     column = site_column or ("site" if "site" in rows else None)
     if site_column and one.table is not None and site_column not in rows:
         raise InputDatasetError(f"participants.tsv has no column '{site_column}'", where=one.table, fix="mend --set site_column=NAME")
@@ -121,14 +121,19 @@ def _check_declared(labels: LabelTable, names: Sequence[str]) -> None:
             raise SettingsError(f"labels.{target} is continuous in one dataset and has classes in another", fix="declare one kind")
 
 
-def _decode(rows: pd.DataFrame, coding: LabelColumn, target: str, one: People) -> pd.Series:
-    if coding.column not in rows:
-        raise InputDatasetError(
-            f"participants.tsv of {one.dataset} has no column '{coding.column}' for '{target}'",
-            where=one.table,
-            fix=f"mend labels.{target}",
-        )
+def _decode(rows: pd.DataFrame, coding: LabelColumn, target: str, one: People, notes: list[str]) -> pd.Series:
+    for column in (coding.column, *coding.where):
+        if column not in rows:
+            raise InputDatasetError(
+                f"participants.tsv of {one.dataset} has no column '{column}' for '{target}'",
+                where=one.table,
+                fix=f"mend labels.{target}",
+            )
     values = rows[coding.column]
+    concerned = _concerned(rows, coding, target, one)
+    if not concerned.all():
+        notes.append(f"{one.dataset}: {int((~concerned).sum())} people are none of those that have a '{target}' (where), and get none")
+        values = values.where(concerned)
     values = values.mask(np.array([any(_same(value, code) for code in coding.missing) for value in values], bool))
     if coding.continuous:
         numbers = pd.to_numeric(values, errors="coerce")
@@ -149,6 +154,21 @@ def _decode(rows: pd.DataFrame, coding: LabelColumn, target: str, one: People) -
             where=one.table, fix="give each a class, or list it under 'missing'",
         )  # fmt: skip
     return decoded
+
+
+def _concerned(rows: pd.DataFrame, coding: LabelColumn, target: str, one: People) -> pd.Series:
+    """Whether each person has the label at all."""
+    concerned = pd.Series(True, index=rows.index)  # noqa: FBT003
+    for column, allowed in coding.where.items():
+        there = np.array([any(_same(value, code) for code in allowed) for value in rows[column]], bool)
+        if not there.any():
+            found = ", ".join(sorted({str(value) for value in rows[column].dropna()})[:8]) or "nothing"
+            raise InputDatasetError(
+                f"nobody has '{column}' = {' or '.join(allowed)}, which labels.{target}.{one.dataset} asks for; it holds {found}",
+                where=one.table, fix="mend 'where'",
+            )  # fmt: skip
+        concerned &= there
+    return concerned
 
 
 def _same(value: object, code: str) -> bool:

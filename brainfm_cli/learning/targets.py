@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Kind = Literal["binary", "multiclass", "continuous"]
 # Whole numbers with at most this many different values may be codes as well as measurements.
 _MAX_CODES = 20
+_FEW = 5
 _FROM_INDEX = ("dataset", "site", "mean_fd", "kept_fraction")
 
 
@@ -256,6 +257,7 @@ def _categorical(
         shown = ", ".join(f"{name} = {_level_text(levels[name])}" for name in found if name in levels)
         notes.append(f"coding of '{column}' (participants.json): {shown or 'none of the classes found'}")
     codes = {name: index for index, name in enumerate(found)}
+    notes += _few(names, found, column)
     return Target(
         name=column,
         kind="binary" if len(found) == 2 else "multiclass",
@@ -266,6 +268,11 @@ def _categorical(
         dropped=dropped,
         notes=tuple(notes),
     )
+
+
+def _few(names: pd.Series, found: Sequence[str], column: str) -> list[str]:
+    counts = {name: int((names == name).sum()) for name in found}
+    return [f"class '{name}' of '{column}' has {count} people: too few for any figure to be relied on" for name, count in counts.items() if count < _FEW]  # fmt: skip
 
 
 def _ordered(
