@@ -1,6 +1,8 @@
 """A masked autoencoder over region × time patches of ROI series: the general series encoder (after BrainLM and FMM_TC).
 
-A token is one patch of one region: Linear(patch) + Linear(region centre) + a sinusoidal code of its time in seconds.
+A token is one patch of one region: Linear(patch) + Linear(code of the region's centre) + a sinusoidal code of its time in seconds.
+Centres are coded as sines and cosines too (Tancik 2020): products of bare coordinates do not tell near from far, and with them
+pretraining stays at the mean for hundreds of steps (docs/performance.md).
 Nothing depends on the order of regions, so any atlas with centres can be encoded; the class token is deterministic.
 Only visible tokens are encoded in pretraining; the decoder gets a learned token with place and time for the others.
 """
@@ -21,6 +23,8 @@ Masking = Literal["random", "tube"]
 # Centre and half-width of the brain in MNI millimetres: coordinates enter the encoder near unit size.
 _CENTRE_MM = (0.0, -20.0, 15.0)
 _HALF_WIDTH_MM = 50.0
+_WAVELENGTHS_MM = (400.0, 200.0, 100.0, 50.0)
+_PLACE_CODE = 3 * (1 + 2 * len(_WAVELENGTHS_MM))
 _LONGEST_PERIOD_S = 4096.0
 _SHORTEST_PERIOD_S = 4.0
 
@@ -54,7 +58,7 @@ class Patches:
     usable: Tensor
     """(batch, regions, patches) bool: the region has a signal and the patch lies inside the window."""
     places: Tensor
-    """(regions, 3) region centres as the encoder sees them (:func:`place_regions`)."""
+    """(regions, 27) code of the region centres (:func:`place_regions`)."""
     seconds: Tensor
     """(patches,) middle of each patch, seconds from the start of the window."""
 
@@ -74,8 +78,10 @@ class SeriesEncoding:
 
 
 def place_regions(centroids_mm: Tensor) -> Tensor:
-    """(regions, 3) coordinates near unit size from centres in MNI millimetres."""
-    return (centroids_mm - centroids_mm.new_tensor(_CENTRE_MM)) / _HALF_WIDTH_MM
+    """(regions, 27) from (regions, 3) centres in MNI millimetres: coordinates near unit size, their sines and cosines."""
+    centred = centroids_mm - centroids_mm.new_tensor(_CENTRE_MM)
+    angles = torch.cat([2 * math.pi * centred / wavelength for wavelength in _WAVELENGTHS_MM], dim=1)
+    return torch.cat([centred / _HALF_WIDTH_MM, angles.sin(), angles.cos()], dim=1)
 
 
 def cut_patches(series: Tensor, frames: Tensor, places: Tensor, *, patch_frames: int, repetition_time_s: float) -> Patches:
@@ -121,7 +127,7 @@ class SeriesEncoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.patch = nn.Linear(shape.patch_frames, shape.width)
-        self.place = nn.Linear(3, shape.width)
+        self.place = nn.Linear(_PLACE_CODE, shape.width)
         self.class_token = nn.Parameter(nn.init.normal_(torch.empty(shape.width), std=0.02))
         self.layers = nn.ModuleList(
             TransformerLayer(shape.width, shape.num_heads, shape.feedforward, shape.dropout, edge_bias=False)
@@ -157,7 +163,7 @@ class SeriesModel(nn.Module):
         self.encoder = SeriesEncoder(shape)
         self.enter = nn.Linear(shape.width, shape.width)
         self.hidden_token = nn.Parameter(nn.init.normal_(torch.empty(shape.width), std=0.02))
-        self.place = nn.Linear(3, shape.width)
+        self.place = nn.Linear(_PLACE_CODE, shape.width)
         self.layers = nn.ModuleList(
             TransformerLayer(shape.width, shape.num_heads, shape.feedforward, 0.0, edge_bias=False) for _ in range(shape.decoder_layers)
         )
