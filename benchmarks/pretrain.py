@@ -40,20 +40,20 @@ _ATTENTION = {
 }
 
 
-def windows(batch: int, regions: int, device: torch.device, *, seed: int) -> Windows:
+def windows(batch: int, regions: int, device: torch.device, *, seed: int, frames: int = FRAMES) -> Windows:
     """Windows of smooth noise with a few shared sources, so that graphs have positive edges."""
     generator = torch.Generator().manual_seed(seed)
-    sources = torch.randn(batch, FRAMES, 12, generator=generator)
-    series = sources @ torch.randn(12, regions, generator=generator) + torch.randn(batch, FRAMES, regions, generator=generator)
-    frames = torch.full((batch,), FRAMES)
-    return Windows(atlas="A", series=series, frames=frames, seconds=frames * 2.0).to(device)
+    sources = torch.randn(batch, frames, 12, generator=generator)
+    series = sources @ torch.randn(12, regions, generator=generator) + torch.randn(batch, frames, regions, generator=generator)
+    lengths = torch.full((batch,), frames)
+    return Windows(atlas="A", series=series, frames=lengths, seconds=lengths * 2.0).to(device)
 
 
-def batch_of(batch: int, regions: int, device: torch.device) -> PretrainBatch:
+def batch_of(batch: int, regions: int, device: torch.device, *, frames: int = FRAMES) -> PretrainBatch:
     """Two windows of each of ``batch`` scans."""
     return PretrainBatch(
-        first=windows(batch, regions, device, seed=1),
-        second=windows(batch, regions, device, seed=2),
+        first=windows(batch, regions, device, seed=1, frames=frames),
+        second=windows(batch, regions, device, seed=2, frames=frames),
         crossed=False,
         other=None,
         other_rows=torch.empty(0, dtype=torch.int64, device=device),
@@ -97,6 +97,16 @@ def beside_floor(
     return seconds, mean, ratio
 
 
+def counted_flops(work: Callable[[], None]) -> float:
+    """Floating-point operations of a call, with torch's own attention, so that nothing computed twice counts twice."""
+    with (
+        FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
+        patch.object(attention, "_trained_on_cpu", lambda _: False),
+    ):
+        work()
+    return float(counter.get_total_flops())
+
+
 def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     settings = BrainGraphSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
@@ -126,21 +136,12 @@ def measure(regions: int, batch: int, preset: str, dropout: float, device: torch
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
 
-    def flops(work: Callable[[], None]) -> float:
-        """Of the whole batch: counted on a few graphs, because it takes as long as running."""
-        with (
-            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
-            patch.object(attention, "_trained_on_cpu", lambda _: False),
-        ):
-            work()
-        return counter.get_total_flops() * batch / COUNTED
-
     def rate() -> float:
         return matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     row: dict[str, Any] = {"regions": regions, "batch": batch, "preset": preset, "dropout": dropout}
     for name, work, counted in (("forward", forward, counted_forward), ("step", step, lambda: step(few))):
-        operations = flops(counted)
+        operations = counted_flops(counted) * batch / COUNTED  # counted on a few graphs, because it takes as long as running
         seconds, mean, ratio = beside_floor(work, operations, rate, device, repeats=repeats)
         row |= {
             f"{name}_gflops": round(operations / 1e9, 1),

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import DesignSettings, Fold, Split, fixed_split, make_split, people_groups, write_split
 from brainfm_cli.learning.targets import Target, participant_table
 from brainfm_cli.learning.tuned import AppliedPredictor, TargetRecord, TunedPredictor, load_tuned, prepare_inputs, read_held_out, read_seen
-from brainfm_cli.learning.tuning import AtlasInputs, TuningSettings
+from brainfm_cli.learning.tuning import EMBEDDING, AtlasInputs, TuningSettings
 from brainfm_cli.provenance import file_sha256
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class Request:
     """Best possible scores on a split, for simulated data."""
     root: Path
     """Where split and fold models are written."""
+    ablations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name → blocks of a head that reads less, fitted on the same folds."""
 
 
 def evaluate_model(request: Request, execution: Execution) -> EvaluationResult:
@@ -87,6 +89,7 @@ def evaluate_model(request: Request, execution: Execution) -> EvaluationResult:
     predictors: dict[str, Predictor] = {name: backbones.model()}
     if request.random_encoder:
         predictors[RANDOM_ENCODER] = TunedPredictor(prepared=backbones.random, settings=backbones.tuning)
+    predictors |= backbones.ablations()
     floors = make_floors(request.cohort, request.target, table, request.floors)
     context = Context(
         table=table,
@@ -142,6 +145,16 @@ class _Backbones:
         random = system.randomised(self.request.seed)
         random.module.to(self._device)
         return random, inputs
+
+    def ablations(self) -> dict[str, Predictor]:
+        """Heads that read fewer blocks; those that read the encoder with random weights too, where that floor is asked for."""
+        found: dict[str, Predictor] = {}
+        for name, blocks in self.request.ablations.items():
+            fewer = self.tuning.model_copy(update={"blocks": tuple(blocks)})
+            found[name] = TunedPredictor(prepared=self.prepared, settings=fewer)
+            if self.request.random_encoder and EMBEDDING in blocks:
+                found[f"{name}, random frozen encoder"] = TunedPredictor(prepared=self.random, settings=fewer)
+        return found
 
     def notes(self) -> tuple[str, ...]:
         """What the reader should know of the backbone."""

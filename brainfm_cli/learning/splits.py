@@ -51,6 +51,8 @@ class DesignSettings(Frozen):
     """Folds inside each training set, for penalties, thresholds and early stopping."""
     group: str | None = None
     """Column that names people who must stay together (family, twins); unset keeps only each person together."""
+    strata: tuple[str, ...] = ()
+    """Columns whose values cross-validation spreads evenly over the folds, beside the classes: the arms of a trial."""
     site: str = "site"
     """Column that leave-one-site-out goes through."""
     test_where: dict[str, tuple[str, ...]] = {}
@@ -136,7 +138,7 @@ def make_split(target: Target, table: pd.DataFrame, design: DesignSettings) -> S
     table = table.loc[list(target.participants)]
     groups = people_groups(table, design.group)
     if design.kind == "cross-validation":
-        return Split(table=_cross_validation(target, groups, design))
+        return Split(table=_cross_validation(target, table, groups, design))
     if design.kind == "leave-one-site-out":
         return Split(table=_leave_one_site_out(target, table, groups, design))
     if not design.test_where:
@@ -293,6 +295,14 @@ def _strata(target: Target) -> NDArray[np.int64]:
     return (ranks * number // len(ranks)).astype(np.int64)
 
 
+def _joint(labels: NDArray[np.int64], table: pd.DataFrame, columns: Sequence[str]) -> NDArray[np.int64]:
+    """Strata of the labels and of further columns of the participant table together."""
+    for column in columns:
+        require_column(table, column)
+        labels = pd.factorize(pd.Series(zip(labels, table[column].map(class_text), strict=True)), sort=True)[0].astype(np.int64)
+    return labels
+
+
 def _assign(labels: NDArray[np.int64], groups: Sequence[str], folds: int, seed: int) -> NDArray[np.int64]:
     """Test fold of every row."""
     single = len(set(groups)) == len(groups)
@@ -304,8 +314,8 @@ def _assign(labels: NDArray[np.int64], groups: Sequence[str], folds: int, seed: 
     return assigned
 
 
-def _cross_validation(target: Target, groups: Mapping[str, str], design: DesignSettings) -> pd.DataFrame:
-    names, labels = target.participants, _strata(target)
+def _cross_validation(target: Target, table: pd.DataFrame, groups: Mapping[str, str], design: DesignSettings) -> pd.DataFrame:
+    names, labels = target.participants, _joint(_strata(target), table, design.strata)
     number = len(set(groups.values()))
     if number < design.folds:
         raise InputDatasetError(f"{number} people or groups cannot fill {design.folds} folds", fix="use fewer folds (--set design.folds=N) or more people")  # fmt: skip
@@ -322,7 +332,8 @@ def _cross_validation(target: Target, groups: Mapping[str, str], design: DesignS
             f"the largest group of '{design.group}' has {largest} people, more than a fold ({len(names) / design.folds:.1f})",
             fix="use fewer folds (--set design.folds=N), or check the group column",
         )
-    why = f"stratified {design.folds}-fold, seed {design.seed}" + (f", grouped by {design.group}" if design.group else "")
+    why = f"stratified {design.folds}-fold, seed {design.seed}" + "".join(f", and by {column}" for column in design.strata)
+    why += f", grouped by {design.group}" if design.group else ""
     parts = []
     for repeat in range(design.repeats):
         assigned = _assign(labels, [groups[name] for name in names], design.folds, design.seed + repeat)

@@ -262,7 +262,7 @@ class DrugResponse:
     def losses(self, batch: PretrainBatch, *, epoch: float) -> dict[str, Tensor]:  # noqa: ARG002  (the share hidden does not change)
         """The loss of hidden patches in the first window of each scan, and ``monitor_…`` values that are only logged."""
         masking = self.settings.masking
-        patches = self._patches(batch.first.atlas, self._scaled(batch.first))
+        patches = self.patches(batch.first)
         scores = hashed_uniform(batch.keys, tuple(patches.usable.shape[1:]), stream=_HIDE)
         tube = hashed_uniform(batch.keys, (1,), stream=_KIND) < masking.tube_share
         hidden = torch.where(
@@ -391,6 +391,10 @@ class DrugResponse:
                 )
             found.append(scaled)
         return found
+
+    def patches(self, windows: Windows) -> Patches:
+        """What the encoder reads of a batch of windows: resampled, scaled and cut."""
+        return self._patches(windows.atlas, self._scaled(windows))
 
     def _patches(self, atlas: str, series: Sequence[Tensor]) -> Patches:
         """Patches of (frames, regions) scaled series of one atlas."""

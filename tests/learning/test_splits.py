@@ -204,3 +204,21 @@ def test_damaged_split_files_are_named_errors(tmp_path, text, match):
 def test_an_absent_split_file_is_a_named_error(tmp_path):
     with pytest.raises(InputNotFoundError, match="split file is absent"):
         read_split(tmp_path / "split.tsv")
+
+
+def test_arms_are_spread_evenly_over_folds_where_the_design_asks_for_it():
+    """56 patients as in the published trial: 8 of 19 respond to the drug, 18 of 37 to placebo."""
+    labels = np.array([1] * 8 + [0] * 11 + [1] * 18 + [0] * 19)
+    arm = np.array(["drug"] * 19 + ["placebo"] * 37)
+    target, table = binary_target(labels), plain_table(56, arm=list(arm))
+
+    def responders_of_the_drug(seed: int, **design: object) -> list[int]:
+        split = make_split(target, table, DesignSettings(seed=seed, **design))
+        return [int(((labels == 1) & (arm == "drug"))[target.rows(fold.test)].sum()) for fold in split.folds()]
+
+    for seed in range(10):
+        counts = responders_of_the_drug(seed, strata=("arm",))
+        assert (min(counts), max(counts)) == (1, 2)
+    assert any(min(responders_of_the_drug(seed)) == 0 for seed in range(10))
+    with pytest.raises(InputNotFoundError, match="no column 'treatment'"):
+        make_split(target, table, DesignSettings(strata=("treatment",)))
