@@ -1,4 +1,4 @@
-"""``brainfm preprocess`` with the embedded engine on two real people, as a user calls it: listing, validator, quality, memory."""
+"""``brainfm preprocess`` with the embedded engine on real people, as a user calls it: listing, validator, quality, memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,25 @@ class Done:
     peak_mb: float
 
 
-@pytest.fixture(scope="module", params=["bids_rest_mini", "bids_localizer"])
-def done(request: pytest.FixtureRequest, test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    out = tmp_path_factory.mktemp(request.param) / "out"
-    command = [sys.executable, "-m", "brainfm_cli", "preprocess", str(test_data / request.param), str(out), "participant"]
+def preprocess(raw: Path, out: Path, *options: str) -> Done:
+    command = [sys.executable, "-m", "brainfm_cli", "preprocess", str(raw), str(out), "participant", *options]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    return Done(request.param, out, child.returncode, usage.ru_maxrss / 1024)
+    return Done(raw.name, out, child.returncode, usage.ru_maxrss / 1024)
+
+
+@pytest.fixture(scope="module", params=["bids_rest_mini", "bids_localizer"])
+def done(request: pytest.FixtureRequest, test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return preprocess(test_data / request.param, tmp_path_factory.mktemp(request.param) / "out")
+
+
+def listing(out: Path) -> list[str]:
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+
+
+def golden(name: str) -> list[str]:
+    return sorted((GOLDEN / f"embedded_{name}.txt").read_text().split())
 
 
 def one(done: Done, end: str) -> Path:
@@ -47,8 +58,7 @@ def one(done: Done, end: str) -> Path:
 @pytest.mark.long
 def test_exactly_the_files_of_the_listing(done: Done) -> None:
     assert done.code == 0
-    wanted = (GOLDEN / f"embedded_{done.name}.txt").read_text().split()
-    assert sorted(path.relative_to(done.out).as_posix() for path in done.out.rglob("*") if path.is_file()) == sorted(wanted)
+    assert listing(done.out) == golden(done.name)
     assert all(path.stat().st_size > 0 for path in done.out.rglob("*") if path.is_file())
 
 
@@ -85,3 +95,29 @@ def test_nilearn_takes_the_confounds(done: Done, strategy: str) -> None:
     table, _ = load_confounds_strategy(str(bold), denoise_strategy=strategy)
     assert len(table) == nib.load(bold).shape[3]
     assert np.isfinite(table.to_numpy()).all()
+
+
+@pytest.mark.long
+def test_structure_without_a_t1w_image(test_data: Path, tmp_path: Path) -> None:
+    """FLAIR, TRACE and ADC of a stroke: the FLAIR is the reference, and nothing of it is divided into tissues."""
+    done = preprocess(test_data / "bids_stroke", tmp_path / "out", "--anat-only")
+    assert done.code == 0
+    assert listing(done.out) == golden("bids_stroke_anat")
+    validate(done.out)
+
+
+@pytest.mark.long
+def test_sequences_of_one_head_are_brought_together(test_data: Path, tmp_path: Path) -> None:
+    """The images of the glioma dataset lie on one another already: what is found should move nothing."""
+    from brainfm_cli.programs.embedded import itk
+
+    done = preprocess(test_data / "bids_glioma", tmp_path / "out", "--anat-only", "--participant-label", "TCGADU7294")
+    assert done.code == 0
+    assert listing(done.out) == golden("bids_glioma_anat")
+    validate(done.out)
+    mask = nib.load(one(done, "sub-TCGADU7294_desc-brain_mask.nii.gz"))
+    inside = mask.get_fdata() > 0
+    places = nib.affines.apply_affine(mask.affine, np.argwhere(inside))
+    for name in ("ce-gadolinium_from-T1w", "from-T2w", "from-FLAIR"):
+        moved = itk.mapped_points(mask.shape, mask.affine, [one(done, f"{name}_to-T1w_mode-image_xfm.h5")])[inside]
+        assert np.median(np.linalg.norm(moved - places, axis=1)) < 1  # mm, of voxels of 1 mm

@@ -17,6 +17,7 @@ _IGNORED = """\
 *.surf.gii
 *_bold.func.gii
 *_mixing.tsv
+*_dwiref.*
 .work
 """
 _TEMPLATEFLOW = "https://github.com/templateflow/templateflow"
