@@ -73,6 +73,8 @@ cohort
 group_qc.*
 metrics.json
 predictions.tsv
+zero-shot
+zero_shot.json
 truth.json
 disorders.tsv
 planted.tsv

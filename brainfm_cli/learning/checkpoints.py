@@ -62,7 +62,9 @@ class ModelConfig(Frozen):
     pretraining: dict[str, Any] = {}
     """How it was pretrained, from which pretraining can be repeated on other people."""
     tuning: dict[str, Any] = {}
-    """Target and settings of prompt-tune; empty for a model that was only pretrained."""
+    """Target and settings of prompt-tune; empty for a model that was not tuned."""
+    alignment: dict[str, Any] = {}
+    """Texts that the model was aligned with; empty for a model that knows none."""
 
     def to_yaml(self) -> str:
         """The configuration as YAML."""

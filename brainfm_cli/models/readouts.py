@@ -64,3 +64,23 @@ def _logarithm(matrices: Tensor) -> Tensor:
     logarithm = (vectors * values.clamp_min(_SMALLEST_VARIANCE).log()[:, None, :]) @ vectors.transpose(1, 2)
     rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
     return logarithm[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0**0.5)
+
+
+def network_couplings(correlation: Tensor, present: Tensor, shares: Tensor) -> Tensor:
+    """(batch, pairs) logarithm of the covariance between networks, upper triangle row by row, diagonal included.
+
+    A network's series is the mean of its regions' standardised series, weighted by ``shares`` (regions, networks);
+    shifts of couplings add up in the logarithm (log-Euclidean: Arsigny 2006). A network without regions is alone.
+    """
+    full = correlation.double() + torch.diag_embed(present.double())
+    members = present.double()[:, :, None] * shares.to(full)
+    total = members.sum(dim=1)
+    weights = members / total.clamp_min(1e-9)[:, None, :]
+    pooled = weights.transpose(1, 2) @ full @ weights + torch.diag_embed((total == 0).to(full))
+    # Variances fall with the number of regions; relative to their mean over networks they are alike in every atlas.
+    scale = pooled.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    identity = torch.eye(pooled.shape[-1], dtype=pooled.dtype, device=pooled.device)
+    values, vectors = torch.linalg.eigh(pooled / scale + SHRINKAGE * identity)
+    logarithm = (vectors * values.clamp_min(_SMALLEST_VARIANCE).log()[:, None, :]) @ vectors.transpose(1, 2)
+    rows, columns = torch.triu_indices(*logarithm.shape[1:], device=logarithm.device)
+    return logarithm[:, rows, columns].float()

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 TEMPERATURE = 0.02
 """Of the softmax over cosines: sentence encoders give related names 0.5 to 0.7, the same name 1."""
+_SMALLEST = 1e-6
 SHRINKAGE = 0.1
 """Share of the identity in the covariance of couplings before it is inverted."""
 
@@ -103,13 +104,13 @@ class ClauseCondition(nn.Module):
         weights = torch.where(stated.placed[:, None], placed, matched)
         return (self._signs(stated, weights, names)[:, None] * weights).sum(dim=0)
 
-    def forward(self, direction: Tensor, couplings: Tensor, inverse: Tensor, nodes: Tensor | None = None) -> Tensor:
-        """(people,) logits along one direction.
+    def forward(self, directions: Tensor, couplings: Tensor, inverse: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """(people, texts) logits along the texts' directions; a text that states nothing gives everybody the same.
 
         Parameters
         ----------
-        direction
-            (couplings,), from :meth:`direction`.
+        directions
+            (texts, couplings), from :meth:`direction`.
         couplings
             (people, couplings) standardised.
         inverse
@@ -117,20 +118,16 @@ class ClauseCondition(nn.Module):
         nodes
             (people, networks, width) mean region vectors of each network; none leaves the encoder out.
         """
-        size = direction.norm()
-        if float(size.detach()) == 0:
-            return self.shift.expand(len(couplings))
-        readings = couplings
-        if nodes is not None:
-            readings = readings + self.read_nodes(nodes)
-        whitened = inverse @ direction
-        spread = (direction @ whitened).clamp_min(1e-12).sqrt()
-        return self.gain * (readings @ direction) / size + self.whitened_gain * (readings @ whitened) / spread + self.shift
+        readings = couplings if nodes is None else couplings + self.read_nodes(nodes)
+        whitened = directions @ inverse
+        sizes = directions.norm(dim=1).clamp_min(_SMALLEST)
+        spreads = (directions * whitened).sum(dim=1).clamp_min(_SMALLEST**2).sqrt()
+        return readings @ (self.gain * directions / sizes[:, None] + self.whitened_gain * whitened / spreads[:, None]).T + self.shift
 
     def read_nodes(self, nodes: Tensor) -> Tensor:
         """(people, couplings) bilinear reading, the same for every pair of networks, so that it holds for unseen ones."""
         nodes = self.norm(nodes)
-        products = torch.einsum("pnw,pmw,w->pnm", nodes, nodes, self.bilinear) / nodes.shape[-1] ** 0.5
+        products = (nodes * self.bilinear) @ nodes.transpose(1, 2) / nodes.shape[-1] ** 0.5
         rows, columns = torch.triu_indices(*products.shape[1:], device=products.device)
         return products[:, rows, columns]
 

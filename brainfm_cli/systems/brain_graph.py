@@ -352,6 +352,25 @@ class BrainGraph:
         """A prompt for one target in one atlas, at the pretrained state."""
         return TargetPrompt(self.model.prompt, self.model.encoder.no_disorder, atlas)
 
+    @property
+    def token_width(self) -> int:
+        """Length of a context token and of a region vector."""
+        return self.settings.shape.width
+
+    @property
+    def readout_width(self) -> int:
+        """Length of a readout: mean and maximum over regions."""
+        return 2 * self.settings.shape.width
+
+    @torch.no_grad()
+    def region_vectors(self, graphs: Graphs) -> Tensor:
+        """(batch, regions, width) vectors of regions, the model's own prompt applied."""
+        return self.model.encode(graphs).nodes
+
+    def conditioned(self, graphs: Graphs, token: Tensor) -> Tensor:
+        """(batch, 2 · width) readout with (batch, width) disorder tokens in place of the learned one; gradients reach them."""
+        return self.model.encode(graphs, disorder=token).readout
+
     def read(self, graphs: Graphs, prompt: TargetPrompt) -> Tensor:
         """(batch, 2 · width) readout of prompted graphs; gradients reach the prompt."""
         return self.model.encode(graphs, prompt=prompt.graph, disorder=prompt.token).readout

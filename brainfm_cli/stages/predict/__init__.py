@@ -26,6 +26,7 @@ from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import DesignSettings, participant_hash
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
 from brainfm_cli.learning.tuned import TargetRecord, forecast_by_atlas, load_tuned, prepare_inputs, read_seen, weighted_mean
+from brainfm_cli.learning.zero_shot import TextSettings
 from brainfm_cli.reports.evaluation import evaluation_page
 from brainfm_cli.simulation.truth import attainable_features, attainable_score
 from brainfm_cli.systems import load_system
@@ -62,6 +63,8 @@ class PredictSettings(Settings):
     """Whether a random frozen encoder with the same head is one of the floors."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Scores, intervals, permutations."""
+    text: TextSettings = TextSettings()
+    """For a model of 'brainfm align': which disorders people are scored for, and by which texts."""
     seed: int = 0
     """Seed of the random encoder."""
 
@@ -81,6 +84,10 @@ def predict(call: Invocation, settings: PredictSettings) -> int:
     """Apply or evaluate; gives back the exit code."""
     if call.model is None:
         raise UsageError("predict needs a model", fix="give --model OUT/models/<id> of 'brainfm prompt-tune'")
+    if read_model_config(call.model).alignment:
+        from brainfm_cli.stages.predict.texts import predict_by_text
+
+        return predict_by_text(call, settings)
     if call.reports_only:
         return _rebuild(call.output_dir, call.model)
     choose_device(call.execution.device)
@@ -207,7 +214,9 @@ def _load(cohort_dir: Path, model: Path, device: str) -> _Loaded:
 def _record(model: Path) -> TargetRecord:
     config = read_model_config(model)
     if not config.tuning:
-        raise InputNotFoundError("the model was pretrained, not tuned for a target", where=model, fix="run 'brainfm prompt-tune' first")
+        raise InputNotFoundError(
+            "the model was pretrained, not tuned for a target", where=model, fix="run 'brainfm prompt-tune' or 'brainfm align' first"
+        )
     return TargetRecord.from_values(config.tuning, where=model / "config.yaml")
 
 
