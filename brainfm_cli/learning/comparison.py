@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.config import Execution, digest_of
 from brainfm_cli.learning.checkpoints import load_weights, read_model_config
 from brainfm_cli.learning.device import choose_device
+from brainfm_cli.learning.draws import FewShotSettings, few_shot_splits, origin_of
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
 from brainfm_cli.learning.floors import FloorSettings, make_floors
 from brainfm_cli.learning.forecasts import Predictor, TrainingFold
@@ -71,10 +73,12 @@ class Request:
     """Where split and fold models are written."""
     ablations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Name → blocks of a head that reads less, fitted on the same folds."""
+    few_shot: FewShotSettings = field(default_factory=FewShotSettings)
+    """Learning curves, none unless asked for."""
 
 
-def evaluate_model(request: Request, execution: Execution) -> EvaluationResult:
-    """Write the split, then fit and score the model and every floor on it.
+def evaluate_model(request: Request, execution: Execution) -> tuple[EvaluationResult, dict[int, EvaluationResult]]:
+    """Write the split, then fit and score the model and every floor on it; then the same with few training people, by their number.
 
     Raises
     ------
@@ -101,10 +105,27 @@ def evaluate_model(request: Request, execution: Execution) -> EvaluationResult:
         truth=None if request.truth is None else request.truth(split),
         notes=(*floors.notes, *backbones.notes()),
     )
-    return evaluate(
-        request.target, split, predictors | floors.predictors, context, request.evaluation,
-        progress=lambda what, fold: log.info("repeat %d, fold %d: %s", fold.repeat, fold.fold, what),
-    )  # fmt: skip
+    progress = lambda what, fold: log.info("repeat %d, fold %d: %s", fold.repeat, fold.fold, what)  # noqa: E731
+    whole = evaluate(request.target, split, predictors | floors.predictors, context, request.evaluation, progress=progress)
+    # A model that was tuned on everybody is no few-shot model: it is tuned again on the few.
+    predictors[name] = TunedPredictor(prepared=backbones.prepared, settings=backbones.tuning)
+    return whole, _few_shot(request, split, predictors | floors.predictors, replace(context, truth=None), backbones)
+
+
+def _few_shot(
+    request: Request, split: Split, predictors: Mapping[str, Predictor], context: Context, backbones: _Backbones
+) -> dict[int, EvaluationResult]:
+    """Every predictor fitted on few people, by their number per class."""
+    settings = request.few_shot
+    numbers = settings.numbers(request.target, split)
+    found = {}
+    for number, drawn in (
+        few_shot_splits(request.target, split, shots=numbers, draws=settings.draws, seed=settings.seed).items() if numbers else ()
+    ):
+        log.info("%d people per class, %d draws", number, settings.draws)
+        with backbones.drawing(settings.draws):
+            found[number] = evaluate(request.target, drawn, predictors, context, request.evaluation)
+    return found
 
 
 class _Backbones:
@@ -118,6 +139,7 @@ class _Backbones:
         self._config = read_model_config(request.model)
         self._given = request.system
         self._kept: tuple[tuple[int, int], Any, dict[str, AtlasInputs]] | None = None
+        self._draws = 1
 
     def model(self) -> Predictor:
         """The model as a predictor."""
@@ -133,11 +155,20 @@ class _Backbones:
 
     def prepared(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
         """The backbone of a fold and everybody's inputs."""
-        key = (fold.repeat, fold.fold) if self.request.inside else (0, 0)
+        key = (origin_of(fold.repeat, self._draws), fold.fold) if self.request.inside else (0, 0)
         if self._kept is None or self._kept[0] != key:
             system = self._pretrained(self._folds[key]) if self.request.inside else self._given
             self._kept = (key, system, self._inputs(system))
         return self._kept[1], self._kept[2]
+
+    @contextmanager
+    def drawing(self, draws: int) -> Iterator[None]:
+        """Repetitions are draws from the repetitions of the whole split while this lasts: few-shot folds share its backbones."""
+        self._draws = draws
+        try:
+            yield
+        finally:
+            self._draws = 1
 
     def random(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
         """A backbone with random weights and the statistics of the pretrained one."""

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
+from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError, SettingsError
 from brainfm_cli.learning.splits import DesignSettings, Split, make_split
 from brainfm_cli.learning.targets import class_text, require_column
@@ -15,6 +17,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from brainfm_cli.learning.targets import Target
+
+
+class FewShotSettings(Frozen):
+    """Learning curves: the same test people with ever fewer training people, drawn several times."""
+
+    shots: tuple[int, ...] = ()
+    """Training people per class (continuous targets: in all), at least two; empty leaves learning curves out."""
+    fractions: tuple[float, ...] = ()
+    """The same as shares of the smallest class of the smallest training set, e.g. [0.01, 0.1]; at least two people are drawn."""
+    draws: int = Field(default=20, ge=1)
+    """Draws of each number, nested: the people of fewer shots are among those of more."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+    def numbers(self, target: Target, split: Split) -> tuple[int, ...]:
+        """Every number of shots asked for, ascending."""
+        smallest = min(min(target.keep(fold.train).counts().values(), default=len(fold.train)) for fold in split.folds())
+        return tuple(sorted({*self.shots, *(max(2, round(share * smallest)) for share in self.fractions)}))
+
+
+def origin_of(repeat: int, draws: int) -> int:
+    """The repetition of the whole split that a repetition of :func:`few_shot_splits` was drawn from."""
+    return (repeat - 1) // draws + 1
 
 
 def few_shot_splits(target: Target, split: Split, *, shots: Sequence[int], draws: int, seed: int = 0) -> dict[int, Split]:

@@ -386,3 +386,27 @@ def test_fold_models_of_other_people_are_pretrained_anew(chain: Chain, tmp_path:
     assert seen_by_fold(everybody.participants[:50]) == fewer
     assert stamps() == before  # the same people and series: the same models, not trained again
     assert seen_by_fold(everybody.participants) != fewer
+
+
+def test_learning_curves_stand_beside_the_whole(chain: Chain) -> None:
+    curves = ("few_shot.shots=[4]", "few_shot.fractions=[0.5]", "few_shot.draws=3")
+    assert chain.run("few", "predict", "group", "--model", chain.model("tune"), "--set", HOLDOUT, *curves, *QUICK) == 0
+    assert metrics(chain, "few")["predictors"] == metrics(chain, "applied")["predictors"]
+    found = sorted(int(path.name) for path in (chain.root / "few" / "few-shot").iterdir() if path.is_dir())
+    truth = pd.read_csv(chain.root / "series" / "cohort" / "participants.tsv", sep="\t", dtype=str).set_index("participant_id")
+    smallest = truth.loc[chain.people("discovery"), "diagnosis_binary"].value_counts().min()
+    assert found == [4, round(0.5 * smallest)]
+    drawn = {}
+    for number in found:
+        split = pd.read_csv(chain.root / "few" / "few-shot" / str(number) / "split.tsv", sep="\t", dtype=str)
+        for draw, part in split.groupby("repeat"):
+            drawn[number, draw] = set(part.loc[part["role"] == "train", "participant_id"])
+            assert truth.loc[sorted(drawn[number, draw]), "diagnosis_binary"].value_counts().tolist() == [number, number]
+            assert sorted(part.loc[part["role"] == "test", "participant_id"]) == chain.people("holdout")
+    assert all(drawn[4, draw] < drawn[found[1], draw] for draw in ("1", "2", "3"))
+    few = metrics(chain, "few/few-shot/4")
+    assert [row["name"] for row in few["predictors"]] == [row["name"] for row in metrics(chain, "few")["predictors"]]
+    assert few["repeats"] == 3
+    page = (chain.root / "few" / "few-shot" / "report.html").read_text()
+    assert "4 per class" in page
+    validate(chain.root / "few")

@@ -19,15 +19,17 @@ from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
+from brainfm_cli.learning.draws import FewShotSettings
 from brainfm_cli.learning.evaluation import EvaluationSettings
 from brainfm_cli.learning.floors import FloorSettings
-from brainfm_cli.learning.results import EvaluationResult, Truth
+from brainfm_cli.learning.results import EvaluationResult, Metrics, Truth
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import DesignSettings, participant_hash
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
 from brainfm_cli.learning.tuned import TargetRecord, forecast_by_atlas, load_tuned, prepare_inputs, read_seen, weighted_mean
 from brainfm_cli.learning.zero_shot import TextSettings
 from brainfm_cli.reports.evaluation import evaluation_page
+from brainfm_cli.reports.few_shot import few_shot_page
 from brainfm_cli.simulation.truth import attainable_features, attainable_score
 from brainfm_cli.systems import load_system
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.tuned import AtlasModel
     from brainfm_cli.systems import System
+
+
+_FEW_SHOT = "few-shot"
 
 
 class PredictSettings(Settings):
@@ -63,6 +68,8 @@ class PredictSettings(Settings):
     """Whether a random frozen encoder with the same head is one of the floors."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Scores, intervals, permutations."""
+    few_shot: FewShotSettings = FewShotSettings()
+    """group: learning curves, the model tuned again on few people beside the floors on the same few."""
     text: TextSettings = TextSettings()
     """For a model of 'brainfm align': which disorders people are scored for, and by which texts."""
     seed: int = 0
@@ -147,10 +154,15 @@ def write_evaluation(
         seed=settings.seed,
         truth=None if truth is None else partial(_read_truth, truth, cohort, target),
         root=root,
+        few_shot=settings.few_shot,
     )
-    result = evaluate_model(request, execution)
-    written = result.write(root)
-    return UnitResult(outputs=(*written, _write_report(root, model, result)), seed=settings.evaluation.seed)
+    result, few = evaluate_model(request, execution)
+    written = [*result.write(root), _write_report(root, model, result)]
+    for number, one in few.items():
+        written += one.write(root / _FEW_SHOT / str(number))
+    if few:
+        written.append(_write_curves(root, model, {number: one.metrics for number, one in few.items()}, result.metrics))
+    return UnitResult(outputs=tuple(written), seed=settings.evaluation.seed)
 
 
 def write_prediction(cohort_dir: Path, model: Path, root: Path, participant: str, device: str) -> UnitResult:
@@ -302,8 +314,16 @@ def _write_report(root: Path, model: Path, result: EvaluationResult) -> Path:
     return write_text(root / "report.html", page.render())
 
 
+def _write_curves(root: Path, model: Path, few: Mapping[int, Metrics], whole: Metrics) -> Path:
+    return write_text(root / _FEW_SHOT / "report.html", few_shot_page(few, whole, model=model.name).render())
+
+
 def _rebuild(root: Path, model: Path) -> int:
-    _write_report(root, model, EvaluationResult.read(root))
+    result = EvaluationResult.read(root)
+    _write_report(root, model, result)
+    few = {int(path.name): EvaluationResult.read(path).metrics for path in (root / _FEW_SHOT).glob("[0-9]*")}
+    if few:
+        _write_curves(root, model, dict(sorted(few.items())), result.metrics)
     return 0
 
 
