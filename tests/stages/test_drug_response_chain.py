@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.learning.splits import participant_hash
+from brainfm_cli.models.series_scaling import population_spread, robust_spread
 from brainfm_cli.programs.validator import validate
 from tests.stages.command import brainfm as run_command
 
@@ -78,6 +81,24 @@ def test_the_series_model_learns_and_says_what_it_is(root: Path) -> None:
     assert "masked autoencoder" in (root / "pretrain" / "logs" / "CITATION.md").read_text()
     assert "BrainGFM" not in (folder / "report.html").read_text() + (root / "tune" / "logs" / "CITATION.md").read_text()
     assert "hidden patches" in (folder / "report.html").read_text()
+
+
+def test_the_scale_is_that_of_the_training_people_alone(root: Path) -> None:
+    """Who chooses the epoch, and who is tested later, must not enter it."""
+    folder = only(root / "pretrain" / "models")
+    trained = set(json.loads((folder / "provenance.json").read_text())["pretrained_on"])
+    cohort = Cohort.open(root / "series")
+    (label,) = cohort.atlases
+    spreads = {
+        row.participant: robust_spread(torch.from_numpy(np.array(cohort.series(row))))
+        for row in cohort.index.itertuples()
+        if row.participant in people(root, "discovery")
+    }
+    own = [spread for name, spread in spreads.items() if participant_hash("simulated", name) in trained]
+    assert 0 < len(own) == len(trained) < len(spreads)
+    found = read_tensors(folder / "model.safetensors")[f"scaler.spread_{label}"]
+    torch.testing.assert_close(found, population_spread(torch.stack(own)))
+    assert not torch.allclose(found, population_spread(torch.stack(list(spreads.values()))))
 
 
 def test_the_same_seed_gives_the_same_weights(root: Path, tmp_path: Path) -> None:
