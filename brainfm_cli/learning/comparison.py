@@ -100,7 +100,7 @@ def evaluate_model(request: Request, execution: Execution) -> tuple[EvaluationRe
         models=(name,),
         pools=floors.pools,
         kernels=floors.kernels,
-        pretrained=frozenset() if request.inside else read_seen(request.model)["pretrained_on"],
+        pretrained=read_seen(request.model)["aligned_on" if request.inside else "pretrained_on"],
         transductive=request.design.transductive,
         truth=None if request.truth is None else request.truth(split),
         notes=(*floors.notes, *backbones.notes()),
@@ -211,7 +211,8 @@ class _Backbones:
             pretrain_model(prepared, settings, self.execution, folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         prepared.system.module.to(self._device)
-        return prepared.system
+        said = getattr(self._given, "text", None)  # what is said of the target does not depend on the backbone
+        return replace(prepared.system, text=said) if said else prepared.system
 
     def _folder(self, fold: Fold, people: Sequence[str]) -> Path:
         """The fold's model folder; what was pretrained there on other people or other series is removed.

@@ -49,6 +49,8 @@ class TargetRecord(Frozen):
     """People tuned on."""
     settings: dict[str, Any] = {}
     """How prompts and head were fitted."""
+    text: str = ""
+    """What was said of the positive class, or of high values; empty where nothing was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +306,7 @@ def read_held_out(path: Path, participants: Sequence[str], datasets: Mapping[str
 
 
 def read_seen(folder: Path) -> dict[str, set[str]]:
-    """Hashes of the people that a model has seen: pretrained_on (validation included) and tuned_on.
+    """Hashes of the people that a model has seen: pretrained_on (validation and alignment included), tuned_on and aligned_on.
 
     Raises
     ------
@@ -314,8 +316,9 @@ def read_seen(folder: Path) -> dict[str, set[str]]:
     path = folder / "provenance.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        pretrained = set(values["pretrained_on"]) | set(values["validated_on"])
-        return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ()))}
+        # Diagnoses shaped how a text is read: people of the alignment are as good as seen in pretraining.
+        pretrained = set(values["pretrained_on"]) | set(values["validated_on"]) | set(values.get("aligned_on", ()))
+        return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ())), "aligned_on": set(values.get("aligned_on", ()))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointMismatchError(
             "the model does not say whom it has seen", where=path, fix="copy the model folder again, provenance.json included"

@@ -42,8 +42,9 @@ class TuningSettings(Frozen):
     """Pull of the prompts towards their pretrained state, per step, as a share of the learning rate."""
     inner_folds: int = Field(default=3, ge=2)
     """Folds of the people tuned on, for everything that is chosen; predict group uses its design's inner folds instead."""
-    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log")
-    """What the head may read: the prompted embedding; connectivity (Fisher z) and its logarithm, of regions and of groups."""
+    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log", "text")
+    """What the head may read: the prompted embedding; connectivity (Fisher z) and its logarithm, of regions and of groups; how much a person
+    shows of what a text says of the target, for a model aligned with texts."""
     balanced: bool = True
     """Whether every class weighs the same in the fit; probabilities follow the classes' own frequencies either way."""
 

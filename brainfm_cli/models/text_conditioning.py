@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from brainfm_cli.models.readouts import network_couplings
+
 TEMPERATURE = 0.02
 """Of the softmax over cosines: sentence encoders give related names 0.5 to 0.7, the same name 1."""
 _SMALLEST = 1e-6
@@ -56,6 +58,23 @@ class NetworkNames:
     """(networks, width) unit vectors of the networks' words."""
     couplings: Tensor
     """(couplings, width) unit vectors of "between the … and the …" and "within the …", upper triangle row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CouplingReader:
+    """A text in one atlas, ready to be read without a language model: one weight per coupling."""
+
+    shares: Tensor
+    """(regions, networks) share of each network in each region."""
+    weights: Tensor
+    """(couplings,) of unstandardised couplings, in the order of :func:`coupling_pairs`."""
+    offset: Tensor
+    """() added to the score."""
+
+    def __call__(self, correlation: Tensor, present: Tensor) -> Tensor:
+        """(batch,) logits of (batch, regions, regions) correlations with zero diagonal."""
+        couplings = network_couplings(correlation, present, self.shares.to(correlation.device))
+        return couplings @ self.weights.to(couplings) + self.offset.to(couplings)
 
 
 class PooledCondition(nn.Module):
@@ -123,6 +142,11 @@ class ClauseCondition(nn.Module):
         sizes = directions.norm(dim=1).clamp_min(_SMALLEST)
         spreads = (directions * whitened).sum(dim=1).clamp_min(_SMALLEST**2).sqrt()
         return readings @ (self.gain * directions / sizes[:, None] + self.whitened_gain * whitened / spreads[:, None]).T + self.shift
+
+    def weights(self, direction: Tensor, inverse: Tensor) -> Tensor:
+        """(couplings,) what a logit adds per unit of each standardised coupling, region vectors left out."""
+        couplings = torch.eye(len(direction), dtype=direction.dtype)
+        return self(direction[None], couplings, inverse)[:, 0] - self.shift
 
     def read_nodes(self, nodes: Tensor) -> Tensor:
         """(people, couplings) bilinear reading, the same for every pair of networks, so that it holds for unseen ones."""

@@ -215,7 +215,9 @@ def _write(
     written.append(write_tensors(folder / "text.safetensors", alignment.tensors_of({name: one.module for name, one in fitted.items()})))
     if (model / "normalisation.json").is_file():
         written.append(write_bytes(folder / "normalisation.json", (model / "normalisation.json").read_bytes()))
-    described = {"disorders": [text.model_dump(mode="json", exclude_none=True, exclude={"stated"}) for text in texts]}
+    # All of the table, also what was excluded: a text is no label.
+    kept = {text.name: text for text in (*read_disorders(settings.disorders).disorders, *texts)}
+    described = {"disorders": [text.model_dump(mode="json", exclude_none=True, exclude={"stated"}) for text in kept.values()]}
     written.append(write_text(folder / "disorders.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=120)))
     words = read_networks(settings.networks)
     written.append(
@@ -246,6 +248,7 @@ def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame,
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)
     return values | {
         "tuned_on": tuned,
+        "aligned_on": tuned,
         "target": settings.target,
         "backbone": model.name,
         "backbone_sha256": file_sha256(weights),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +24,14 @@ from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.scores import best_threshold
 from brainfm_cli.learning.splits import inner_folds, participant_hash, people_groups
 from brainfm_cli.learning.targets import TargetSettings, participant_table, read_target
+from brainfm_cli.learning.texts import read_disorders
 from brainfm_cli.learning.tuned import TargetRecord, prepare_inputs, save_tuned, tune, write_held_out
 from brainfm_cli.learning.tuning import TuningSettings
 from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
-from brainfm_cli.systems import load_system, read_system_settings
+from brainfm_cli.systems import BrainGraph, load_system, read_system_settings
+from brainfm_cli.systems.brain_graph import write_text_readers
+from brainfm_cli.systems.brain_graph_texts import alignable, coupling_readers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.tuned import Tuning
     from brainfm_cli.learning.tuning import TunedAtlas
+    from brainfm_cli.models.text_conditioning import CouplingReader
     from brainfm_cli.systems import System
 
 
@@ -52,6 +57,9 @@ class PromptTuneSettings(Settings):
     """Atlases to tune in; all that the cohort and the model share where empty."""
     group: str | None = None
     """Column that names people who must stay together in inner folds (family, twins)."""
+    text: str | None = None
+    """What is said of the positive class (or of high values): the name of a disorder in the table that the model was aligned with, or a
+    description. The head then reads how much a person shows of it; needs a model of 'brainfm align'."""
     tuning: TuningSettings = TuningSettings()
     """How prompts and head are fitted."""
     seed: int = Field(default=0, ge=0)
@@ -93,6 +101,9 @@ def write_model(
     cohort = Cohort.open(cohort_dir)
     system = load_system(model)
     system.module.to(choose_device(execution.device))
+    readers = {} if settings.text is None else _readers(system, model, settings.text)
+    if readers and isinstance(system, BrainGraph):
+        system = replace(system, text=readers)
     before = _state_hash(system)
     target = read_target(cohort, settings.target, settings.coding, participants=participants)
     table = participant_table(cohort)
@@ -107,7 +118,16 @@ def write_model(
     tuning = tune(system, inputs, target, folds, settings.tuning, seed=settings.seed)
     if _state_hash(system) != before:
         raise InternalError("the frozen backbone has changed during tuning", where=model, fix="this is a bug in brainfm; please report it")
-    return UnitResult(outputs=tuple(_write(folder, model, target, table, tuning, settings)), seed=settings.seed)
+    written = [write_text_readers(folder, readers)] if readers else []
+    return UnitResult(outputs=(*written, *_write(folder, model, target, table, tuning, settings)), seed=settings.seed)
+
+
+def _readers(system: System, model: Path, text: str) -> dict[str, CouplingReader]:
+    """What is said of the target, as the aligned model reads it in each atlas."""
+    described = model / "disorders.yaml"
+    table = read_disorders(described if described.is_file() else None)
+    known = table.find(text) or read_disorders(None).find(text)
+    return coupling_readers(model, known or table.text_of(text), alignable(system, model))
 
 
 def _write(folder: Path, model: Path, target: Target, table: pd.DataFrame, tuning: Tuning, settings: PromptTuneSettings) -> list[Path]:
@@ -115,7 +135,7 @@ def _write(folder: Path, model: Path, target: Target, table: pd.DataFrame, tunin
     if file_sha256(weights) != file_sha256(model / "model.safetensors"):
         raise InternalError("the copy of the backbone differs from its source", where=weights, fix="check the disk, then run again")
     record = _record(target, tuning, settings)
-    config = read_model_config(model).model_copy(update={"tuning": record.model_dump(mode="json")})
+    config = read_model_config(model).model_copy(update={"tuning": record.model_dump(mode="json"), "alignment": {}})
     written = [weights, write_text(folder / "config.yaml", config.to_yaml()), *save_tuned(folder, tuning.atlases)]
     if (model / "normalisation.json").is_file():
         written.append(write_bytes(folder / "normalisation.json", (model / "normalisation.json").read_bytes()))
@@ -148,6 +168,7 @@ def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> Tar
         threshold=threshold,
         people=len(target.participants),
         settings=settings.tuning.model_dump(mode="json"),
+        text=settings.text or "",
     )
 
 

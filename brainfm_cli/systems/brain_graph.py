@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,15 @@ from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning import objectives
-from brainfm_cli.learning.checkpoints import AtlasRecord, check_atlas, load_weights, read_model_config, shared_atlases
+from brainfm_cli.learning.checkpoints import (
+    AtlasRecord,
+    check_atlas,
+    load_weights,
+    read_model_config,
+    read_tensors,
+    shared_atlases,
+    write_tensors,
+)
 from brainfm_cli.learning.pretraining import Credits
 from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
 from brainfm_cli.models.graph_encoder import EncoderShape, Encoding
@@ -37,6 +45,7 @@ from brainfm_cli.models.graphs import (
 )
 from brainfm_cli.models.prompts import TargetPrompt
 from brainfm_cli.models.readouts import connectivity_blocks
+from brainfm_cli.models.text_conditioning import CouplingReader
 
 PRESETS: dict[str, EncoderShape] = {
     "base": EncoderShape(),
@@ -53,6 +62,7 @@ _CREDITS = Credits(
     follows="BrainGFM: A Brain Graph\nFoundation Model (Wei et al., ICLR 2026), whose architecture and objectives they follow.",
     prompts="BrainGFM: A Brain Graph\nFoundation Model (Wei et al., ICLR 2026), whose graph prompts it uses.",
 )
+_TEXT, _READER = "text_direction.safetensors", ("shares", "weights", "offset")
 _SMALLEST_SPREAD = 1e-4  # an edge without spread tells nothing, and dividing by it would blow noise up
 _HIDE_FIRST, _HIDE_SECOND, _DROP, _NOISE, _NON_EDGES = range(5)  # streams of the hashed random numbers
 
@@ -175,6 +185,8 @@ class BrainGraph:
     """Atlases that the model knows, by label."""
     model: GraphModel
     """The torch module."""
+    text: Mapping[str, CouplingReader] = field(default_factory=dict)
+    """What is said of the target, by atlas: one more block for the head; empty where nothing is."""
 
     @classmethod
     def load(cls, model_dir: Path) -> BrainGraph:
@@ -183,7 +195,7 @@ class BrainGraph:
         system = BrainGraphSettings.from_values(config.system, where=model_dir / "config.yaml").build(config.atlases)
         load_weights(system.model, model_dir / "model.safetensors")
         system.model.eval()
-        return system
+        return replace(system, text=_read_text(model_dir)) if config.tuning.get("text") else system
 
     def randomised(self, seed: int) -> BrainGraph:
         """The same model with random weights, the statistics of edges kept; the floor of a frozen encoder."""
@@ -192,7 +204,7 @@ class BrainGraph:
             fresh = self.settings.build(self.atlases)
         fresh.model.standardiser.load_state_dict(self.model.standardiser.state_dict())
         fresh.model.eval()
-        return fresh
+        return replace(fresh, text=self.text)
 
     @property
     def module(self) -> GraphModel:
@@ -379,7 +391,10 @@ class BrainGraph:
     def connectivity_blocks(self, windows: Windows) -> dict[str, Tensor]:
         """What the head reads beside the embedding, (batch, features) each: connectivity of regions and of their groups."""
         correlation, present = correlate(windows.series, windows.frames)
-        return connectivity_blocks(correlation, present, self._groups(windows.atlas))
+        blocks = connectivity_blocks(correlation, present, self._groups(windows.atlas))
+        if windows.atlas in self.text:
+            blocks["text"] = self.text[windows.atlas](correlation, present)[:, None]
+        return blocks
 
     def _groups(self, atlas: str) -> Tensor | None:
         """(regions, groups) 0/1: networks of the atlas table, else clusters of the pretraining people's mean connectivity, else none."""
@@ -392,3 +407,15 @@ class BrainGraph:
             return None
         count = round(len(mean) ** 0.5)
         return torch.from_numpy(np.eye(count, dtype=np.float32)[fcluster(ward(mean), count, criterion="maxclust") - 1])
+
+
+def write_text_readers(folder: Path, readers: Mapping[str, CouplingReader]) -> Path:
+    """Write what is said of the target into a model folder; gives back the path."""
+    tensors = {f"{label}:{name}": getattr(reader, name) for label, reader in readers.items() for name in _READER}
+    return write_tensors(folder / _TEXT, tensors)
+
+
+def _read_text(folder: Path) -> dict[str, CouplingReader]:
+    tensors = read_tensors(folder / _TEXT)
+    labels = sorted({name.rpartition(":")[0] for name in tensors})
+    return {label: CouplingReader(**{name: tensors[f"{label}:{name}"] for name in _READER}) for label in labels}

@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm_cli.config import Frozen
-from brainfm_cli.errors import CheckpointMismatchError, UsageError
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, UsageError
+from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
+from brainfm_cli.learning.texts import read_networks
 from brainfm_cli.models.graphs import correlate
 from brainfm_cli.models.language import load_text_encoder
 from brainfm_cli.models.readouts import network_couplings
 from brainfm_cli.models.text_conditioning import (
     ClauseCondition,
+    CouplingReader,
     NetworkNames,
     PooledCondition,
     StatedCouplings,
@@ -229,6 +232,122 @@ def name_networks(networks: Sequence[str], words: NetworkWords, encoder: TextEnc
         for first, second in coupling_pairs(len(called))
     ]
     return NetworkNames(networks=encoder.sentences(called), couplings=encoder.sentences(phrases))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """An aligned model, ready to read texts."""
+
+    system: Alignable
+    """The backbone."""
+    record: AlignmentRecord
+    """What config.yaml says of the texts."""
+    modules: Mapping[str, AtlasAlignment]
+    """What was learnt, by atlas."""
+    encoder: TextEncoder
+    """The text encoder it was aligned with."""
+    words: NetworkWords
+    """Words for networks."""
+    names: NetworkNames
+    """The same as vectors."""
+
+    @classmethod
+    def load(cls, model_dir: Path, system: Alignable) -> Aligned:
+        """The alignment of a ``models/<id>`` folder whose backbone is ``system``.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            The text encoder is another one, or a file does not belong to the folder.
+        """
+        record = AlignmentRecord.from_values(read_model_config(model_dir).alignment, where=model_dir / "config.yaml")
+        encoder = load_encoder(record.encoder)
+        if encoder.fingerprint() != record.encoder_sha256:
+            raise CheckpointMismatchError(
+                f"the text encoder '{record.encoder}' has other weights than the one the model was aligned with",
+                where=model_dir / "config.yaml",
+                fix="install the same version of the encoder, or align again",
+            )
+        words = read_networks(model_dir / "networks.yaml")
+        modules = modules_of(
+            read_tensors(model_dir / "text.safetensors"),
+            record,
+            text_width=encoder.width,
+            token_width=system.token_width,
+            readout_width=system.readout_width,
+        )
+        names = name_networks(record.networks, words, encoder)
+        return cls(system=system, record=record, modules=modules, encoder=encoder, words=words, names=names)
+
+    def vectors(self, texts: Sequence[DisorderText]) -> TextVectors:
+        """Texts as vectors of the model's own encoder."""
+        return read_texts(texts, self.words, self.encoder)
+
+    def inputs(self, cohort: Cohort, participants: Sequence[str]) -> dict[str, AlignInputs]:
+        """Inputs of ``participants`` in every atlas that one of them has."""
+        having = set(cohort.index.loc[cohort.index["participant"].isin(set(participants)), "atlas"])
+        kept = [label for label in self.record.atlases if label in having]
+        inputs = {
+            label: prepare(
+                self.system, cohort, participants, label, self.modules[label].get_buffer("shares").double().numpy(), self.record.condition
+            )
+            for label in kept
+        }
+        lacking = set(participants).difference(*(one.participants for one in inputs.values()))
+        if lacking:
+            raise InputDatasetError(
+                f"{len(lacking)} people have no series in an atlas of the model, e.g. {min(lacking)}",
+                where=cohort.root,
+                fix=f"parcellate them with one of {', '.join(self.record.atlases)}, or leave them out ('where')",
+            )
+        return inputs
+
+    def logits(
+        self,
+        inputs: Mapping[str, AlignInputs],
+        participants: Sequence[str],
+        texts: TextVectors,
+        *,
+        encoder: bool = True,
+    ) -> NDArray[np.float64]:
+        """(people, texts) logits, averaged over the atlases that each person has."""
+        place = {name: row for row, name in enumerate(participants)}
+        sums, counts = np.zeros((len(participants), len(texts.stated))), np.zeros((len(participants), 1))
+        for label, one in inputs.items():
+            module = self.modules[label]
+            scored = scores(self.system, module, one, texts, self.names) if encoder else without_encoder(module, one, texts, self.names)
+            rows = [place[name] for name in one.participants]
+            np.add.at(sums, rows, scored)
+            np.add.at(counts, rows, 1)
+        return sums / counts
+
+
+def coupling_readers(model_dir: Path, text: DisorderText, system: Alignable) -> dict[str, CouplingReader]:
+    """A text as an aligned model reads it, by atlas: what tuning and predicting need of it, without the language model.
+
+    Raises
+    ------
+    UsageError
+        The model was not aligned with texts clause by clause.
+    InputDatasetError
+        The text states nothing.
+    """
+    values = read_model_config(model_dir).alignment
+    if not values or values["condition"] != "clauses":
+        raise UsageError("the model cannot read texts", where=model_dir, fix="give a model of 'brainfm align' with fit.condition=clauses")
+    aligned = Aligned.load(model_dir, system)
+    stated = read_text(text, aligned.words, aligned.encoder)
+    if not len(stated.signs):
+        raise InputDatasetError("nothing could be read from the text", fix="say which networks are coupled more or less strongly")
+    readers = {}
+    with torch.no_grad():
+        for label, module in aligned.modules.items():
+            assert module.condition is not None  # noqa: S101  (clauses)
+            own = module.condition.weights(module.condition.direction(stated, aligned.names), module.get_buffer("inverse"))
+            weights = own / module.get_buffer("scale")
+            offset = module.condition.shift - module.get_buffer("mean") @ weights
+            readers[label] = CouplingReader(shares=module.get_buffer("shares"), weights=weights, offset=offset)
+    return readers
 
 
 def random_texts(texts: TextVectors, *, seed: int) -> TextVectors:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.learning.checkpoints import read_model_config
+from brainfm_cli.learning.texts import read_disorders
+from brainfm_cli.learning.tuned import prepare_inputs
 from brainfm_cli.programs.validator import validate
 from brainfm_cli.provenance import file_sha256
+from brainfm_cli.systems import load_system
+from brainfm_cli.systems.brain_graph_texts import Aligned
 from tests.stages.command import brainfm as run_command
 
 QUICK = (
@@ -104,12 +110,60 @@ def test_the_backbone_is_copied_unchanged_and_the_texts_are_kept(chain):
     assert file_sha256(own / "model.safetensors") == file_sha256(pretrained / "model.safetensors")
     assert read_model_config(own).alignment["disorders"] == ["Arvel", "Brennic"]
     described = yaml.safe_load((own / "disorders.yaml").read_text(encoding="utf-8"))["disorders"]
-    assert [one["name"] for one in described] == ["Arvel", "Brennic"]
+    assert [one["name"] for one in described] == ["Arvel", "Brennic", "Caldor", "Dornish"]
 
 
 def test_the_same_seed_gives_the_same_alignment(chain):
     assert align(chain, "again") == 0
     assert file_sha256(model(chain, "again") / "text.safetensors") == file_sha256(model(chain, "aligned") / "text.safetensors")
+
+
+def tune(root: Path, out: str, *options: object, base: str = "aligned") -> int:
+    coding = ("coding.classes=[control, Caldor]", "coding.positive=Caldor", "tuning.epochs=0", "tuning.inner_folds=2")
+    return brainfm("prompt-tune", root / "series", root / out, "group", "--model", model(root, base), "--target", "diagnosis", "--set", "where.split=[discovery]", *coding, *options)  # fmt: skip
+
+
+def test_a_text_helps_where_labels_are_few(chain):
+    assert tune(chain, "guided", "text=Caldor") == 0
+    assert tune(chain, "plain") == 0
+    config = read_model_config(model(chain, "guided"))
+    assert config.tuning["text"] == "Caldor"
+    assert config.alignment == {}
+    few = ("where.split=[holdout]", "few_shot.shots=[3]", "few_shot.draws=4", "random_encoder=false", *QUICK)
+    found = {}
+    for name in ("guided", "plain"):
+        assert brainfm("predict", chain / "series", chain / f"{name}-few", "group", "--model", model(chain, name), "--set", *few) == 0
+        metrics = json.loads((chain / f"{name}-few" / "few-shot" / "3" / "metrics.json").read_text(encoding="utf-8"))
+        found[name] = metrics["predictors"][0]["scores"]["auroc"]["value"]
+    assert found["guided"] > found["plain"] + 0.05
+
+
+def test_the_direction_kept_for_tuning_is_that_of_the_zero_shot_score(chain):
+    assert tune(chain, "guided", "text=Caldor") == 0
+    cohort, system = Cohort.open(chain / "series" / "cohort"), load_system(model(chain, "aligned"))
+    people = list(cohort.participants.index[:12])
+    aligned = Aligned.load(model(chain, "aligned"), system)
+    text = read_disorders(chain / "series" / "disorders.tsv").text_of("Caldor")
+    expected = aligned.logits(aligned.inputs(cohort, people), people, aligned.vectors([text]), encoder=False)[:, 0]
+    guided = load_system(model(chain, "guided"))
+    (atlas,) = cohort.atlases
+    found = prepare_inputs(guided, cohort, people, [atlas])[atlas].blocks["text"][:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert "text" not in prepare_inputs(load_system(model(chain, "plain")), cohort, people, [atlas])[atlas].blocks
+
+
+def test_people_of_the_alignment_cannot_be_tested(chain, caplog):
+    assert tune(chain, "guided", "text=Caldor") == 0
+    code = brainfm("predict", chain / "series", chain / "leak", "group", "--model", model(chain, "guided"), "--set", "where.split=[discovery]", "design.folds=2", *QUICK)  # fmt: skip
+    assert code == 65
+    assert "pretrain" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "code"), [("pretrained", "ADHD", 2), ("aligned", "A disorder of which nothing is known at all.", 65)]
+)
+def test_a_text_that_cannot_be_read_is_refused(chain, base, text, code):
+    assert tune(chain, f"refused-{base}", f"text={text}", base=base) == code
 
 
 def test_the_published_variant_runs(chain):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -14,15 +13,15 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
-from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError, UsageError
-from brainfm_cli.learning.checkpoints import model_files, read_model_config, read_tensors, source_of_model
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
+from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.evaluation import Context, evaluate
 from brainfm_cli.learning.floors import make_floors
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import fixed_split, participant_hash, people_groups
 from brainfm_cli.learning.targets import TargetSettings, class_text, participant_table, read_target
-from brainfm_cli.learning.texts import NEUTRAL, DisorderText, read_disorders, read_networks
+from brainfm_cli.learning.texts import NEUTRAL, DisorderText, read_disorders
 from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.learning.zero_shot import (
     TestedDisorder,
@@ -45,11 +44,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.config import Invocation
-    from brainfm_cli.learning.facts import NetworkWords
     from brainfm_cli.learning.results import EvaluationResult
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.zero_shot import TextSettings
-    from brainfm_cli.models.language import TextEncoder
     from brainfm_cli.stages.predict import PredictSettings
 
 log = logging.getLogger(__name__)
@@ -57,63 +54,6 @@ MODEL = "Text of the disorder"
 WITHOUT = "Text, connectivity only"
 RANDOM = "Random vectors for the text"
 _FOLDER = "zero-shot"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Aligned:
-    """An aligned model, ready to read texts."""
-
-    system: alignment.Alignable
-    record: alignment.AlignmentRecord
-    modules: Mapping[str, alignment.AtlasAlignment]
-    encoder: TextEncoder
-    words: NetworkWords
-    names: Any
-
-    def vectors(self, texts: Sequence[DisorderText]) -> alignment.TextVectors:
-        """Texts as vectors of the model's own encoder."""
-        return alignment.read_texts(texts, self.words, self.encoder)
-
-    def inputs(self, cohort: Cohort, participants: Sequence[str]) -> dict[str, alignment.AlignInputs]:
-        """Inputs of ``participants`` in every atlas that one of them has."""
-        having = set(cohort.index.loc[cohort.index["participant"].isin(set(participants)), "atlas"])
-        kept = [label for label in self.record.atlases if label in having]
-        inputs = {
-            label: alignment.prepare(
-                self.system, cohort, participants, label, self.modules[label].get_buffer("shares").double().numpy(), self.record.condition
-            )
-            for label in kept
-        }
-        lacking = set(participants).difference(*(one.participants for one in inputs.values()))
-        if lacking:
-            raise InputDatasetError(
-                f"{len(lacking)} people have no series in an atlas of the model, e.g. {min(lacking)}",
-                where=cohort.root,
-                fix=f"parcellate them with one of {', '.join(self.record.atlases)}, or leave them out ('where')",
-            )
-        return inputs
-
-    def logits(
-        self,
-        inputs: Mapping[str, alignment.AlignInputs],
-        participants: Sequence[str],
-        texts: alignment.TextVectors,
-        *,
-        encoder: bool = True,
-    ) -> NDArray[np.float64]:
-        """(people, texts) logits, averaged over the atlases that each person has."""
-        place = {name: row for row, name in enumerate(participants)}
-        sums, counts = np.zeros((len(participants), len(texts.stated))), np.zeros((len(participants), 1))
-        for label, one in inputs.items():
-            module = self.modules[label]
-            if encoder:
-                scored = alignment.scores(self.system, module, one, texts, self.names)
-            else:
-                scored = alignment.without_encoder(module, one, texts, self.names)
-            rows = [place[name] for name in one.participants]
-            np.add.at(sums, rows, scored)
-            np.add.at(counts, rows, 1)
-        return sums / counts
 
 
 def predict_by_text(call: Invocation, settings: PredictSettings) -> int:
@@ -247,7 +187,7 @@ def write_prediction(
 
 def _evaluate(
     cohort: Cohort,
-    aligned: _Aligned,
+    aligned: alignment.Aligned,
     target: Target,
     name: str,
     people: Sequence[str],
@@ -293,32 +233,14 @@ def _record(model: Path) -> alignment.AlignmentRecord:
 
 
 @lru_cache(maxsize=1)
-def _load(model: Path, device: str) -> _Aligned:
+def _load(model: Path, device: str) -> alignment.Aligned:
     """Loaded once per process: a worker predicts many people."""
-    record, system = _record(model), alignment.alignable(load_system(model), model)
+    system = alignment.alignable(load_system(model), model)
     system.module.to(choose_device(device))
-    encoder = alignment.load_encoder(record.encoder)
-    if encoder.fingerprint() != record.encoder_sha256:
-        raise CheckpointMismatchError(
-            f"the text encoder '{record.encoder}' has other weights than the one the model was aligned with",
-            where=model / "config.yaml",
-            fix="install the same version of the encoder, or align again",
-        )
-    words = read_networks(model / "networks.yaml")
-    modules = alignment.modules_of(
-        read_tensors(model / "text.safetensors"),
-        record,
-        text_width=encoder.width,
-        token_width=system.token_width,
-        readout_width=system.readout_width,
-    )
-    return _Aligned(
-        system=system, record=record, modules=modules, encoder=encoder, words=words,
-        names=alignment.name_networks(record.networks, words, encoder),
-    )  # fmt: skip
+    return alignment.Aligned.load(model, system)
 
 
-def _called(aligned: _Aligned) -> list[str]:
+def _called(aligned: alignment.Aligned) -> list[str]:
     """Words for the networks that have regions in an atlas of the model."""
     present = np.any([module.get_buffer("shares").sum(0).numpy() > 0 for module in aligned.modules.values()], axis=0)
     return [aligned.words.words_of(name) for name, there in zip(aligned.record.networks, present, strict=True) if there]
