@@ -6,8 +6,9 @@ averaged over the atlases that a person has. Nothing here writes files.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, choose, f
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
 
 Folds = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+_KEPT = 4
 EMBEDDING = "embedding"
 """Name of the block that depends on the prompts."""
 
@@ -83,6 +85,8 @@ class AtlasInputs:
     """The frozen part of the encoder's input, one row per run."""
     blocks: dict[str, NDArray[np.float32]]
     """(people, features) blocks that depend on no prompt, averaged over runs."""
+    embedded: dict[tuple[int, str], tuple[nn.Module, NDArray[np.float32]]] = field(default_factory=dict, repr=False, compare=False)
+    """The last embeddings, by backbone and state of the prompt: folds and few-shot draws that leave the prompt untuned share one."""
 
     def positions(self, participants: Sequence[str]) -> NDArray[np.int64]:
         """Positions of those of ``participants`` that have this atlas."""
@@ -174,10 +178,24 @@ def score_atlas(system: Tunable, inputs: AtlasInputs, tuned: TunedAtlas) -> NDAr
 @torch.no_grad()
 def embed(system: Tunable, inputs: AtlasInputs, prompt: Mapping[str, Tensor], *, batch_size: int = 128) -> NDArray[np.float32]:
     """(people, width) prompted embeddings, averaged over runs."""
-    module = system.new_prompt(inputs.atlas)
-    module.load_state_dict(dict(prompt))
-    rows = torch.arange(len(inputs.owner))
-    return inputs.average(torch.cat([system.read(_rows(inputs.graphs, part), module) for part in rows.split(batch_size)]))
+    key = (id(system.module), _digest(prompt))
+    if key not in inputs.embedded:
+        module = system.new_prompt(inputs.atlas)
+        module.load_state_dict(dict(prompt))
+        rows = torch.arange(len(inputs.owner))
+        found = inputs.average(torch.cat([system.read(_rows(inputs.graphs, part), module) for part in rows.split(batch_size)]))
+        while len(inputs.embedded) >= _KEPT:
+            del inputs.embedded[next(iter(inputs.embedded))]
+        inputs.embedded[key] = (system.module, found)  # the backbone is kept too, so that its id stays its own
+    return inputs.embedded[key][1]
+
+
+def _digest(prompt: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(prompt.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _stops(settings: TuningSettings) -> tuple[int, ...]:

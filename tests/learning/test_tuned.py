@@ -278,6 +278,25 @@ def test_without_the_embedding_nothing_is_tuned(system: BrainGraph, inputs: dict
         assert EMBEDDING not in one.head.weights
 
 
+def test_an_embedding_is_computed_once_per_backbone_and_prompt(
+    system: BrainGraph, cohort: Cohort, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = prepare_inputs(system, cohort, target.participants, ["Eight", "Ten"])["Eight"]
+    calls = []
+    read = BrainGraph.read
+    monkeypatch.setattr(BrainGraph, "read", lambda self, graphs, prompt: calls.append(self) or read(self, graphs, prompt))
+    untuned = {name: value.clone() for name, value in system.new_prompt("Eight").state_dict().items()}
+    first = embed(system, one, untuned)
+    assert np.array_equal(embed(system, one, untuned), first)
+    assert len(calls) == 1
+    random = system.randomised(1)
+    assert not np.array_equal(embed(random, one, random.new_prompt("Eight").state_dict()), first)
+    assert len(calls) == 2
+    untuned["token"] = untuned["token"] + 1
+    assert not np.array_equal(embed(system, one, untuned), first)
+    assert len(calls) == 3
+
+
 def test_held_out_predictions_come_back_by_hash(cohort: Cohort, target: Target, tuning: Tuning, tmp_path: Path) -> None:
     datasets = pd.Series("toy", index=cohort.participants.index)
     held_out = tuning.held_out.copy()
@@ -313,7 +332,9 @@ def test_an_applied_model_learns_nothing(
 def test_whom_a_model_has_seen(tmp_path: Path) -> None:
     path = tmp_path / "provenance.json"
     path.write_text('{"pretrained_on": ["a"], "validated_on": ["b"], "tuned_on": ["c"]}')
-    assert read_seen(tmp_path) == {"pretrained_on": {"a", "b"}, "tuned_on": {"c"}}
+    assert read_seen(tmp_path) == {"pretrained_on": {"a", "b"}, "tuned_on": {"c"}, "aligned_on": set()}
+    path.write_text('{"pretrained_on": ["a"], "validated_on": ["b"], "aligned_on": ["d"]}')
+    assert read_seen(tmp_path) == {"pretrained_on": {"a", "b", "d"}, "tuned_on": set(), "aligned_on": {"d"}}
     path.write_text('{"pretrained_on": ["a"], "validated_on": []}')
     assert read_seen(tmp_path)["tuned_on"] == set()
     for text in ("{}", "[]", "{", '{"pretrained_on": 3, "validated_on": []}', None):
