@@ -16,15 +16,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainfm_cli.bids.derivatives import write_text
+from brainfm_cli.bids.images import write_image
+from brainfm_cli.bids.names import BIDSIGNORE
 from brainfm_cli.bids.raw import RawParticipant, RawRun, read_raw_participant
 from brainfm_cli.config import Selection
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.programs.embedded.anatomical import unbias
-from brainfm_cli.programs.embedded.outputs import shared_entities
+from brainfm_cli.programs.embedded.outputs import Publisher, shared_entities
 from brainfm_cli.programs.embedded.settings import EmbeddedSettings
 from brainfm_cli.programs.embedded.steps import empty_workflow, node
 from brainfm_cli.programs.embedded.template import Template
 from brainfm_cli.programs.embedded.workflow import build_workflow, choose_reference, others, preprocess_participant
+from brainfm_cli.programs.validator import validate
 from brainfm_cli.records import RunKey
 from brainfm_cli.signals.transforms import read_itk
 from tests.programs.heads import AFFINE, t1w, tissues
@@ -82,6 +86,25 @@ def test_only_t1w_contrast_is_divided_into_tissues(dataset: Path, tmp_path: Path
         one = replace(raw, images=images)
         chain = build_workflow(one, choose_reference(one), tmp_path / "work", template, SETTINGS, seed=1, threads=1)
         assert ("classify" in chain.list_node_names()) is wanted
+
+
+def test_another_sequence_says_what_the_validator_asks_for(dataset: Path, tmp_path: Path) -> None:
+    raw, out = participant(dataset), tmp_path / "out"
+    reference = choose_reference(raw)
+    template = Template(name="MNI152NLin2009cAsym", source="x", brain=tmp_path / "x", mask=None)
+    publisher = Publisher(raw=raw, reference=reference, out=out, template=template, settings=SETTINGS)
+    (flair,) = raw.of("FLAIR")
+    moved = write_image(tmp_path / "moved.nii", tissues().astype(np.float32), AFFINE, space="template")
+    transform = write_text(tmp_path / "transform.h5", "x")
+    for image in others(raw, reference):
+        publisher.publish_other(image, {"image": str(flair.path), "transform": str(transform)}, str(moved))
+    about = json.loads((out / "sub-01/ses-1/anat/sub-01_ses-1_space-T1w_desc-preproc_FLAIR.json").read_text())
+    assert about["SkullStripped"] is False
+    assert about["SpatialReference"] == "bids::sub-01/ses-1/anat/sub-01_ses-1_desc-preproc_T1w.nii.gz"
+    description = {"Name": "x", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": [{"Name": "x"}]}
+    (out / "dataset_description.json").write_text(json.dumps(description))
+    write_text(out / ".bidsignore", BIDSIGNORE)
+    validate(out)
 
 
 def test_a_done_step_is_not_done_again_and_errors_keep_their_kind(

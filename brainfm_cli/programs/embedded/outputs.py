@@ -11,6 +11,8 @@ from brainfm_cli.bids.derivatives import atomic_path, write_json
 from brainfm_cli.bids.images import sidecar, write_image
 from brainfm_cli.bids.names import format_name
 from brainfm_cli.programs.embedded.anatomical import TISSUES
+from brainfm_cli.programs.embedded.brain import is_stripped
+from brainfm_cli.programs.embedded.grids import read_ras
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,8 +89,10 @@ class Publisher:
         reference = suffix_of(self.reference[0])
         base, suffix = dict(image.entities), suffix_of(image)
         folder = self._folder(base, "anat")
-        about = {"Sources": self._raw_uris([image.path]), "Transform": "rigid"}
-        self._image(folder, {**base, "space": reference, "desc": "preproc"}, suffix, aligned["image"], about)
+        stripped = is_stripped(*read_ras(image.path), self.settings.brain_ml)
+        about = {"SkullStripped": stripped, "Sources": self._raw_uris([image.path]), "Transform": "rigid"}
+        own = {"SpatialReference": self._reference_uri()}
+        self._image(folder, {**base, "space": reference, "desc": "preproc"}, suffix, aligned["image"], about | own)
         space = {**base, "space": self.template.name, "res": str(self.settings.resolution), "desc": "preproc"}
         self._image(folder, space, suffix, moved, about | self._spatial())
         self._file(folder, {**base, "from": suffix, "to": reference, "mode": "image"}, "xfm", ".h5", aligned["transform"])
@@ -126,6 +130,11 @@ class Publisher:
             "SpatialReference": f"{self.template.name}, {self.template.source}",
             "Resolution": f"{self.settings.resolution} mm isotropic",
         }
+
+    def _reference_uri(self) -> str:
+        base = shared_entities(self.reference)
+        image = self._folder(base, "anat") / format_name({**base, "desc": "preproc"}, suffix_of(self.reference[0]), _NII)
+        return f"bids::{image.relative_to(self.out).as_posix()}"
 
     def _raw_uris(self, paths: list[Path]) -> list[str]:
         return [f"bids:raw:{path.relative_to(self.raw.root).as_posix()}" for path in paths]
