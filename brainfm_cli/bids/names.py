@@ -73,6 +73,7 @@ cohort
 group_qc.*
 metrics.json
 predictions.tsv
+interaction.json
 few-shot
 zero-shot
 zero_shot.json

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import statsmodels.api as sm
 from pydantic import Field
 from scipy import stats
-from statsmodels.tools.sm_exceptions import ConvergenceWarning, HessianInversionWarning, PerfectSeparationWarning
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError
@@ -149,6 +147,10 @@ def _checked(outcome: Values, score: Values, arm: NDArray[Any], treated: str, *,
 
 
 def _fit(outcome: Values, design: Values, *, binary: bool) -> Any:  # noqa: ANN401  (statsmodels' results)
+    # only now: it takes a second, which no plan should wait for
+    import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import ConvergenceWarning, HessianInversionWarning, PerfectSeparationWarning
+
     with warnings.catch_warnings():
         for kind in (ConvergenceWarning, HessianInversionWarning, PerfectSeparationWarning, RuntimeWarning):
             warnings.simplefilter("ignore", kind)

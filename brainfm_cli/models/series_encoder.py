@@ -1,8 +1,7 @@
 """A masked autoencoder over region × time patches of ROI series: the general series encoder (after BrainLM and FMM_TC).
 
 A token is one patch of one region: Linear(patch) + Linear(code of the region's centre) + a sinusoidal code of its time in seconds.
-Centres are coded as sines and cosines too (Tancik 2020): products of bare coordinates do not tell near from far, and with them
-pretraining stays at the mean for hundreds of steps (docs/performance.md).
+Centres are coded as sines and cosines too (Tancik 2020): products of bare coordinates do not tell near from far.
 Nothing depends on the order of regions, so any atlas with centres can be encoded; the class token is deterministic.
 Only visible tokens are encoded in pretraining; the decoder gets a learned token with place and time for the others.
 """

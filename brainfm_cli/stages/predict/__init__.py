@@ -31,6 +31,7 @@ from brainfm_cli.learning.zero_shot import TextSettings
 from brainfm_cli.reports.evaluation import evaluation_page
 from brainfm_cli.reports.few_shot import few_shot_page
 from brainfm_cli.simulation.truth import attainable_features, attainable_score
+from brainfm_cli.stages.predict.arms import ArmSettings, verdict, write_interaction
 from brainfm_cli.systems import load_system
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ class PredictSettings(Settings):
     """What stands beside the model."""
     random_encoder: bool = True
     """Whether a random frozen encoder with the same head is one of the floors."""
+    ablations: dict[str, tuple[str, ...]] = {}
+    """group: name → blocks of heads that read less, on the same folds, e.g. {series only: [embedding], connectivity only: [edges]}."""
+    arms: ArmSettings | None = None
+    """group: arms of a randomised trial; the interaction of the model's score with the treatment is then tested."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Scores, intervals, permutations."""
     few_shot: FewShotSettings = FewShotSettings()
@@ -155,9 +160,13 @@ def write_evaluation(
         truth=None if truth is None else partial(_read_truth, truth, cohort, target),
         root=root,
         few_shot=settings.few_shot,
+        ablations=settings.ablations,
     )
     result, few = evaluate_model(request, execution)
-    written = [*result.write(root), _write_report(root, model, result)]
+    written = [*result.write(root)]
+    if settings.arms is not None:
+        written.append(write_interaction(root, result, participant_table(cohort), settings.arms))
+    written.append(_write_report(root, model, result))
     for number, one in few.items():
         written += one.write(root / _FEW_SHOT / str(number))
     if few:
@@ -309,7 +318,7 @@ def _write_report(root: Path, model: Path, result: EvaluationResult) -> Path:
         "Design": metrics.design,
     }
     page = evaluation_page(
-        result, title=f"Prediction of {metrics.target}", subtitle=f"brainfm predict, model {model.name}", facts=facts, notes=()
+        result, title=f"Prediction of {metrics.target}", subtitle=f"brainfm predict, model {model.name}", facts=facts, notes=verdict(root)
     )
     return write_text(root / "report.html", page.render())
 
