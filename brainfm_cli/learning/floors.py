@@ -1,7 +1,7 @@
 """What any model must beat, fitted on the same folds: majority, covariates, regions, linear and kernel models of connectivity.
 
 Everything is fitted inside the fold; what does not depend on it (Gram matrices) comes ready-made from
-:mod:`brainfm_cli.learning.kernels`. Penalties are chosen on inner folds by log-loss (classes) or squared error.
+:mod:`brainfm_cli.learning.kernels`. Penalties are chosen on inner folds by AUROC (two classes), log-loss or squared error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold
-from brainfm_cli.learning.kernels import Kernel, connectivity_kernel, shared_atlases
+from brainfm_cli.learning.kernels import Kernel, StandardisedEdges, connectivity_features, connectivity_kernel, shared_atlases
 from brainfm_cli.learning.linear import choose_penalty, fit_model, penalty_path, rescaled
 from brainfm_cli.learning.machines import KernelRidgeFloor, SupportVectorFloor
 from brainfm_cli.learning.regions import RegionFloor, region_features
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from brainfm_cli.bids.cohort import Cohort
 
-FloorKind = Literal["majority", "covariates", "means", "spread", "fisherz", "tangent", "svm", "kernel-ridge"]
-LABELS = {"majority": "Majority", "covariates": "Motion, age, sex, site", "fisherz": "Linear, Fisher-z", "tangent": "Linear, tangent", "svm": "Linear SVM, Fisher-z", "kernel-ridge": "Kernel ridge, Fisher-z", "means": "Linear, region means", "spread": "PCA + linear, region SD"}  # fmt: skip
+FloorKind = Literal["majority", "covariates", "means", "spread", "fisherz", "fisherz-standardised", "tangent", "svm", "kernel-ridge"]
+LABELS = {"majority": "Majority", "covariates": "Motion, age, sex, site", "fisherz": "Linear, Fisher-z", "fisherz-standardised": "Linear, Fisher-z, edges standardised", "tangent": "Linear, tangent", "svm": "Linear SVM, Fisher-z", "kernel-ridge": "Kernel ridge, Fisher-z", "means": "Linear, region means", "spread": "PCA + linear, region SD"}  # fmt: skip
 # Attributes that may be the very definition of a target; site and motion never are: they stay, as confounds.
 _DEFINING = ("age", "sex")
 _NAMES = ("sex", "site", "dataset")
@@ -44,7 +44,17 @@ _SEPARATOR = " · "
 class FloorSettings(Frozen):
     """Which floors stand beside the model, and how they are tuned."""
 
-    kinds: tuple[FloorKind, ...] = ("majority", "covariates", "means", "spread", "fisherz", "tangent", "svm", "kernel-ridge")
+    kinds: tuple[FloorKind, ...] = (
+        "majority",
+        "covariates",
+        "means",
+        "spread",
+        "fisherz",
+        "fisherz-standardised",
+        "tangent",
+        "svm",
+        "kernel-ridge",
+    )
     """Floors to fit."""
     covariates: tuple[str, ...] = ("mean_fd", "kept_fraction", "age", "sex", "site")
     """Columns of the covariate floor; absent ones are named and left out."""
@@ -113,6 +123,9 @@ def _atlas_floor(
             return f"'{LABELS[kind]}' is not computed: the series of {atlas} are standardised, so that it is the same for everybody"
         components = None if kind == "means" else settings.components
         return RegionFloor(participants=tuple(participants), features=features, components=components, penalties=settings.penalties)
+    if kind == "fisherz-standardised":
+        edges = StandardisedEdges(participants=tuple(participants), features=connectivity_features(cohort, participants, atlas, "fisherz"))
+        return LinearFloor(kernel=edges, penalties=settings.penalties)
     if kind == "tangent":
         return LinearFloor(kernel=connectivity_kernel(cohort, participants, atlas, "tangent"), penalties=settings.penalties)
     if atlas not in kernels:
@@ -168,7 +181,7 @@ class CovariateFloor:
 class LinearFloor:
     """L2 logistic or ridge regression on connectivity, exact through the Gram matrix."""
 
-    kernel: Kernel
+    kernel: Kernel | StandardisedEdges
     """Inner products of the features."""
     penalties: tuple[float, ...]
     """Inverse penalties tried, relative to a mean squared norm of 1."""

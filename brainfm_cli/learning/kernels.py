@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Measure = Literal["fisherz", "tangent"]
 _CLIP = 1 - 1e-7  # arctanh of a correlation of exactly 1 is infinite
 _BLOCK = 4096
+_SMALLEST_SPREAD = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,7 @@ class Kernel:
         means = inside.mean(0)
         inside = inside - means - means[:, None] + means.mean()
         across = across - across.mean(1, keepdims=True) - means + means.mean()
-        scale = float(np.trace(inside)) / len(rows)
-        if scale <= 1e-12 * float(np.abs(self.matrix.diagonal()).max() or 1.0):
-            raise InputDatasetError("everybody in the training set has the same connectivity", fix="check the series of the cohort")
-        values, vectors = np.linalg.eigh(inside / scale)
-        keep = values > values[-1] * len(rows) * np.finfo(np.float64).eps
-        roots = np.sqrt(values[keep])
-        return vectors[:, keep] * roots, across / scale @ (vectors[:, keep] / roots)
+        return _coordinates(inside, across, smallest=1e-12 * float(np.abs(self.matrix.diagonal()).max() or 1.0))
 
     def distances(self, people: Sequence[str], others: Sequence[str]) -> NDArray[np.float64]:
         """(others, people) squared distances between features. No centre or scale is involved, so nothing is fitted."""
@@ -67,6 +62,45 @@ class Kernel:
         centred = self.matrix - means - means[:, None] + means.mean()
         norms = np.sqrt(np.maximum(centred.diagonal(), 1e-300))
         return centred / norms / norms[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardisedEdges:
+    """Participants' connectivity features, every edge centred and divided by its spread over training people.
+
+    Edges then count alike, also those that hardly vary. Unlike :class:`Kernel` this has to be computed in every fold.
+    """
+
+    participants: tuple[str, ...]
+    """Participant keys."""
+    features: NDArray[np.float32]
+    """(participants, edges)."""
+
+    def coordinates(self, train: Sequence[str], test: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As :meth:`Kernel.coordinates`; edges that are the same in all of ``train`` are left out."""
+        place = {name: row for row, name in enumerate(self.participants)}
+        rows, others = [place[name] for name in train], [place[name] for name in test]
+        inside, across = np.zeros((len(rows), len(rows))), np.zeros((len(others), len(rows)))
+        for start in range(0, self.features.shape[1], _BLOCK):
+            block = self.features[:, start : start + _BLOCK].astype(np.float64)
+            mean, spread = block[rows].mean(0), block[rows].std(0)
+            block = (block - mean) * np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > _SMALLEST_SPREAD)
+            inside += block[rows] @ block[rows].T
+            across += block[others] @ block[rows].T
+        return _coordinates(inside, across, smallest=0.0)
+
+
+def _coordinates(
+    inside: NDArray[np.float64], across: NDArray[np.float64], *, smallest: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(people, rank) coordinates of training and test people from their centred (training) and (test, training) Gram matrices."""
+    scale = float(np.trace(inside)) / len(inside)
+    if scale <= smallest:
+        raise InputDatasetError("everybody in the training set has the same connectivity", fix="check the series of the cohort")
+    values, vectors = np.linalg.eigh(inside / scale)
+    keep = values > values[-1] * len(inside) * np.finfo(np.float64).eps
+    roots = np.sqrt(values[keep])
+    return vectors[:, keep] * roots, across / scale @ (vectors[:, keep] / roots)
 
 
 def shared_atlases(cohort: Cohort, participants: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,13 +26,20 @@ def rescaled(rows: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[ND
 def choose_penalty(
     fold: TrainingFold, path: Callable[[NDArray[np.int64], NDArray[np.int64]], list[NDArray[np.float64]]], penalties: Sequence[float]
 ) -> tuple[int, NDArray[np.float64]]:
-    """(best position in ``penalties``, its inner out-of-fold predictions of the training people), by log-loss or squared error."""
+    """(best position in ``penalties``, its inner out-of-fold predictions of the training people).
+
+    Two classes: by the AUROC of the pooled predictions, which is what is reported. Log-loss would prefer predictions shrunk to
+    the base rate, whose pooled order is that of the folds' base rates: on 155 people such a floor lost up to 0.1 of its AUROC.
+    More classes: by log-loss. Numbers: by squared error.
+    """
     observed, classes = fold.target.observed, len(fold.target.classes)
     held_out = np.full((len(penalties), len(observed), *((classes,) if classes else ())), np.nan)
     for train, validation in fold.inner:
         for index, values in enumerate(path(train, validation)):
             held_out[index, validation] = values
-    if classes:
+    if classes == 2:
+        losses = [-float(roc_auc_score(fold.labels, values[:, 1])) for values in held_out]
+    elif classes:
         losses = [log_loss(fold.labels, values, labels=range(classes)) for values in held_out]
     else:
         losses = [float(np.mean((values - observed) ** 2)) for values in held_out]

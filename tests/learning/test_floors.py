@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.impute import SimpleImputer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
@@ -147,7 +147,7 @@ def test_the_penalty_is_the_best_of_inner_folds_fitted_by_hand(edges, kind):
             model.fit(rows, observed[train])
             inside[validation] = model.predict_proba(others) if kind == "binary" else model.predict(others)
         held_out.append(inside)
-        losses.append(log_loss(observed, inside) if kind == "binary" else np.mean((observed - inside) ** 2))
+        losses.append(-roc_auc_score(observed, inside[:, 1]) if kind == "binary" else np.mean((observed - inside) ** 2))
     found = LinearFloor(kernel=kernel_of(edges), penalties=penalties)(fold, target.participants[TRAIN:])
     assert found.choices["C"] == penalties[int(np.argmin(losses))]
     np.testing.assert_allclose(found.train, held_out[int(np.argmin(losses))], atol=1e-3)
