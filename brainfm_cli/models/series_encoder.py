@@ -1,6 +1,8 @@
 """A masked autoencoder over region × time patches of ROI series: the general series encoder (after BrainLM and FMM_TC).
 
-A token is one patch of one region: Linear(patch) + Linear(code of the region's centre) + a sinusoidal code of its time in seconds.
+A token is one patch of one region: Linear(patch) + Linear(log power spectrum of the patch) + Linear(code of the region's centre) + a
+sinusoidal code of its time in seconds. The spectrum is there because the mean over time of anything linear in a patch says nothing of
+how fast a region fluctuates; it is also a second thing to reconstruct, and the one that a person's other patches foretell.
 Centres are coded as sines and cosines too (Tancik 2020): products of bare coordinates do not tell near from far.
 Nothing depends on the order of regions, so any atlas with centres can be encoded; the class token is deterministic.
 Only visible tokens are encoded in pretraining; the decoder gets a learned token with place and time for the others.
@@ -24,6 +26,7 @@ _CENTRE_MM = (0.0, -20.0, 15.0)
 _HALF_WIDTH_MM = 50.0
 _WAVELENGTHS_MM = (400.0, 200.0, 100.0, 50.0)
 _PLACE_CODE = 3 * (1 + 2 * len(_WAVELENGTHS_MM))
+_POWER_FLOOR = 0.05  # of unit variance: below it logarithms would speak of nothing but noise
 _LONGEST_PERIOD_S = 4096.0
 _SHORTEST_PERIOD_S = 4.0
 
@@ -126,6 +129,7 @@ class SeriesEncoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.patch = nn.Linear(shape.patch_frames, shape.width)
+        self.power = nn.Linear(shape.patch_frames // 2 + 1, shape.width)
         self.place = nn.Linear(_PLACE_CODE, shape.width)
         self.class_token = nn.Parameter(nn.init.normal_(torch.empty(shape.width), std=0.02))
         self.layers = nn.ModuleList(
@@ -138,7 +142,7 @@ class SeriesEncoder(nn.Module):
         """Encoding of the visible patches: usable ones that are not ``hidden`` (batch, regions, patches)."""
         visible = (patches.usable if hidden is None else patches.usable & ~hidden).flatten(1)
         order, kept = _visible_first(visible)
-        tokens = self.patch(patches.values) + self.context(patches)
+        tokens = self.patch(patches.values) + self.power(log_spectrum(patches.values)) + self.context(patches)
         tokens = tokens.flatten(1, 2).gather(1, order[:, :, None].expand(-1, -1, self.shape.width))
         summary = self.class_token.expand(len(tokens), 1, -1)
         tokens = torch.cat([summary, tokens], dim=1)
@@ -168,9 +172,10 @@ class SeriesModel(nn.Module):
         )
         self.norm = nn.LayerNorm(shape.width)
         self.leave = nn.Linear(shape.width, shape.patch_frames)
+        self.leave_power = nn.Linear(shape.width, shape.patch_frames // 2 + 1)
 
-    def reconstruct(self, patches: Patches, hidden: Tensor) -> tuple[Tensor, SeriesEncoding]:
-        """(batch, regions, patches, frames) predictions of every patch, and the encoding of the visible ones."""
+    def reconstruct(self, patches: Patches, hidden: Tensor) -> tuple[Tensor, Tensor, SeriesEncoding]:
+        """(batch, regions, patches, frames) predictions of every patch, (…, bins) of its spectrum, and the encoding of the visible ones."""
         encoding = self.encoder(patches, hidden)
         batch, regions, count, _ = patches.values.shape
         width = self.encoder.shape.width
@@ -185,13 +190,27 @@ class SeriesModel(nn.Module):
         bias = _padding_bias(nn.functional.pad(patches.usable.flatten(1), (1, 0), value=True))
         for layer in self.layers:
             tokens = layer(tokens, bias)
-        return self.leave(self.norm(tokens[:, 1:])).view(batch, regions, count, -1), encoding
+        decoded = self.norm(tokens[:, 1:]).view(batch, regions, count, -1)
+        return self.leave(decoded), self.leave_power(decoded), encoding
 
 
 def masked_patch_loss(predicted: Tensor, patches: Patches, hidden: Tensor) -> Tensor:
     """Mean squared error over the frames of hidden, usable patches."""
     counted = hidden & patches.usable
     error = (predicted - patches.values).square().mean(dim=3)
+    return torch.where(counted, error, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+def log_spectrum(values: Tensor) -> Tensor:
+    """(…, frames // 2 + 1) logarithm of a patch's power at each frequency, near unit size; offsets of a patch are no frequency."""
+    power = torch.fft.rfft(values.float() - values.float().mean(dim=-1, keepdim=True), norm="ortho").abs().square()
+    return torch.log(power + _POWER_FLOOR).to(values.dtype)
+
+
+def masked_spectrum_loss(predicted: Tensor, patches: Patches, hidden: Tensor) -> Tensor:
+    """Mean squared error of the log spectra of hidden, usable patches."""
+    counted = hidden & patches.usable
+    error = (predicted - log_spectrum(patches.values)).square().mean(dim=3)
     return torch.where(counted, error, 0.0).sum() / counted.sum().clamp_min(1)
 
 

@@ -29,6 +29,7 @@ from brainfm_cli.models.series_encoder import (
     choose_hidden_patches,
     cut_patches,
     masked_patch_loss,
+    masked_spectrum_loss,
     place_regions,
 )
 from brainfm_cli.models.series_readout import RegionPrompt, SeriesReadout, sum_by_region
@@ -48,7 +49,7 @@ _CREDITS = Credits(
     methods=(
         "Region series were resampled to one repetition time (band-limited), cut into random windows of fixed duration, and scaled by the "
         "interquartile range of each region over the training people. A transformer over patches of region and time, which knows each region "
-        "by the coordinates of its centre, was trained to reconstruct hidden patches (mean squared error) from the visible ones; hidden were "
+        "by the coordinates of its centre, was trained to reconstruct hidden patches and their log spectra (mean squared error) from the visible ones; hidden were "
         "single patches or whole regions."
     ),
     citation="Fan et al., foundation-model-boosted multimodal learning for drug response, MICCAI 2025, LNCS 15974",
@@ -95,6 +96,8 @@ class MaskSettings(Frozen):
     """Share of patches that is hidden."""
     tube_share: float = Field(default=0.5, ge=0, le=1)
     """Share of scans in which whole regions are hidden (tube) instead of single patches (random)."""
+    spectrum: float = Field(default=0.5, ge=0)
+    """Weight of the reconstruction of hidden patches' log spectra, beside that of the patches themselves."""
 
 
 class ScalingSettings(Frozen):
@@ -219,7 +222,7 @@ class DrugResponse:
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
-        return {"patch": 1.0}
+        return {"patch": 1.0, "spectrum": self.settings.masking.spectrum}
 
     @property
     def window_rule(self) -> WindowRule:
@@ -270,11 +273,12 @@ class DrugResponse:
             choose_hidden_patches(patches.usable, scores, ratio=masking.ratio, masking="tube"),
             choose_hidden_patches(patches.usable, scores, ratio=masking.ratio, masking="random"),
         )
-        predicted, encoding = self.model.series.reconstruct(patches, hidden)
+        predicted, spectrum, encoding = self.model.series.reconstruct(patches, hidden)
         loss = masked_patch_loss(predicted, patches, hidden)
         power = masked_patch_loss(torch.zeros_like(predicted), patches, hidden)
         return {
             "patch": loss,
+            "spectrum": masked_spectrum_loss(spectrum, patches, hidden),
             "monitor_explained_share": 1 - loss.detach() / power.clamp_min(1e-12),
             "monitor_hidden_share": hidden.sum() / patches.usable.sum().clamp_min(1),
             "monitor_window_seconds": batch.first.seconds.mean(),

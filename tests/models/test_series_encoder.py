@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,9 @@ from brainfm_cli.models.series_encoder import (
     SeriesShape,
     choose_hidden_patches,
     cut_patches,
+    log_spectrum,
     masked_patch_loss,
+    masked_spectrum_loss,
     place_regions,
     time_code,
 )
@@ -97,7 +100,8 @@ def test_every_parameter_learns_and_one_batch_is_overfitted() -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(150):
-        loss = masked_patch_loss(model.reconstruct(patches, hidden)[0], patches, hidden)
+        predicted, spectrum, _ = model.reconstruct(patches, hidden)
+        loss = masked_patch_loss(predicted, patches, hidden) + 0.1 * masked_spectrum_loss(spectrum, patches, hidden)
         optimiser.zero_grad()
         loss.backward()
         if step == 0:
@@ -105,6 +109,13 @@ def test_every_parameter_learns_and_one_batch_is_overfitted() -> None:
         optimiser.step()
         losses.append(float(loss))
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_spectra_are_numpys_and_free_of_offsets() -> None:
+    values = torch.randn(2, 3, 4, 10)
+    expected = np.abs(np.fft.rfft(values.numpy() - values.numpy().mean(-1, keepdims=True))) ** 2 / 10
+    np.testing.assert_allclose(log_spectrum(values), np.log(expected + 0.05), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_spectrum(values + 7), log_spectrum(values), atol=1e-3, rtol=1e-3)
 
 
 def test_time_code_tells_seconds_apart() -> None:

@@ -69,7 +69,8 @@ def test_the_series_model_learns_and_says_what_it_is(root: Path) -> None:
     folder = only(root / "pretrain" / "models")
     log = pd.read_csv(folder / "log.csv")
     held_out = log[log["kind"] == "validation"]
-    assert held_out["patch"].iloc[-1] < 0.9 * held_out["patch"].iloc[0]
+    for term in ("loss", "patch", "spectrum"):
+        assert held_out[term].iloc[-1] < 0.95 * held_out[term].iloc[0], term
     assert (log["monitor_effective_rank"] > 1).all()
     assert (log["monitor_window_seconds"] == 80).all()
     provenance = json.loads((folder / "provenance.json").read_text())

@@ -215,7 +215,7 @@ def test_losses_are_finite_deterministic_and_reach_every_parameter(system: DrugR
     assert all(torch.isfinite(value) for value in terms.values())
     again = system.losses(batch_of(), epoch=3.0)
     assert all(torch.equal(value, again[name]) for name, value in terms.items())
-    terms["patch"].backward()
+    (terms["patch"] + terms["spectrum"]).backward()
     assert not [name for name, parameter in system.model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert float(terms["monitor_hidden_share"]) == pytest.approx(0.75, abs=0.05)
 
