@@ -19,6 +19,7 @@ from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json,
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputDatasetError, InternalError, UsageError
+from brainfm_cli.learning.alignment import AlignmentRecord, FitSettings
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model, write_tensors
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import select_participants
@@ -62,7 +63,7 @@ class AlignSettings(Settings):
     """Columns of participants.tsv and the values that people must have, e.g. {split: [discovery]}."""
     atlases: tuple[str, ...] = ()
     """Atlases to align in; all that the cohort and the model share where empty."""
-    fit: alignment.FitSettings = alignment.FitSettings()
+    fit: FitSettings = FitSettings()
     """How texts and brains are aligned."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random."""
@@ -126,7 +127,7 @@ def write_model(
         fitted[label] = alignment.fit(
             system, inputs, codes[rows], groups[rows], vectors, names, shares, settings.fit, seed=settings.seed
         )  # fmt: skip
-    record = alignment.AlignmentRecord(
+    record = AlignmentRecord(
         column=settings.target,
         control=settings.control,
         disorders=named,
@@ -201,7 +202,7 @@ def _write(
     folder: Path,
     model: Path,
     settings: AlignSettings,
-    record: alignment.AlignmentRecord,
+    record: AlignmentRecord,
     target: Target,
     table: pd.DataFrame,
     texts: Sequence[DisorderText],
@@ -257,7 +258,7 @@ def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame,
     }
 
 
-def _card(name: str, record: alignment.AlignmentRecord) -> str:
+def _card(name: str, record: AlignmentRecord) -> str:
     return (
         f"# {name}\n\nA pretrained model aligned with texts of {len(record.disorders)} disorders (`{record.column}`: {', '.join(record.disorders)}) "
         f"by `brainfm align` on {record.people} people; the backbone in `model.safetensors` is unchanged.\n\n"

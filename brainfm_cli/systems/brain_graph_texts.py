@@ -10,29 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, UsageError
+from brainfm_cli.learning.alignment import AlignmentRecord, Condition, FitSettings
 from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
 from brainfm_cli.learning.texts import read_networks
 from brainfm_cli.models.graphs import correlate
 from brainfm_cli.models.language import load_text_encoder
 from brainfm_cli.models.readouts import network_couplings
+from brainfm_cli.models.text_alignment import AtlasAlignment, sigmoid_contrast
 from brainfm_cli.models.text_conditioning import (
     ClauseCondition,
     CouplingReader,
     NetworkNames,
-    PooledCondition,
     StatedCouplings,
     coupling_pairs,
     fit_probe,
@@ -48,56 +47,10 @@ if TYPE_CHECKING:
     from brainfm_cli.learning.texts import DisorderText
     from brainfm_cli.models.language import TextEncoder
 
-Condition = Literal["clauses", "pooled"]
 CONTROL = 0
 """Code of people without a disorder; the disorder of text k has code k + 1."""
 _SMALLEST_SPREAD = 1e-6
 _SPACE = ":"  # between atlas and tensor in the file; no atlas label holds it
-
-
-class FitSettings(Frozen):
-    """How texts and brains are aligned."""
-
-    condition: Condition = "clauses"
-    """clauses: what a text states is matched with networks by their names, so that unseen disorders can be scored; pooled: one vector per
-    text switches the graph prompts, as published."""
-    steps: int = Field(default=300, ge=0)
-    """clauses: longest training, full-batch steps of Adam; how long is chosen on disorders and people left out."""
-    stops: int = Field(default=3, ge=1)
-    """clauses: number of evenly spaced lengths that are compared, beside not training at all."""
-    folds: int = Field(default=4, ge=2)
-    """clauses: groups of disorders, each left out once with a share of the people."""
-    learning_rate: float = Field(default=1e-2, gt=0)
-    """Adam's step."""
-    weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's decay."""
-    epochs: int = Field(default=5, ge=1)
-    """pooled: passes over the people."""
-    batch_size: int = Field(default=64, ge=2)
-    """pooled: runs per step."""
-
-
-class AlignmentRecord(Frozen):
-    """What an aligned model's config.yaml says of its texts."""
-
-    column: str
-    """Column of participants.tsv whose values are disorders."""
-    control: tuple[str, ...]
-    """Values of people without a disorder."""
-    disorders: tuple[str, ...]
-    """Disorders it was aligned with, as the column calls them."""
-    condition: Condition
-    """How texts enter."""
-    networks: tuple[str, ...]
-    """Networks that couplings are measured between, in order."""
-    atlases: tuple[str, ...]
-    """Atlases it was aligned in."""
-    encoder: str
-    """Text encoder, as it was asked for."""
-    encoder_sha256: str
-    """Hash of the text encoder's weights: no other may be used with the model."""
-    people: int
-    """People it was aligned with."""
 
 
 @runtime_checkable
@@ -155,31 +108,6 @@ class AlignInputs:
         """Rows of those of ``participants`` that have this atlas."""
         place = {name: row for row, name in enumerate(self.participants)}
         return np.array([place[name] for name in participants if name in place], dtype=np.int64)
-
-
-class AtlasAlignment(nn.Module):
-    """What was learnt in one atlas."""
-
-    def __init__(self, condition: Condition, *, regions: int, networks: int, text_width: int, token_width: int, readout_width: int) -> None:
-        super().__init__()
-        couplings = len(coupling_pairs(networks))
-        self.register_buffer("shares", torch.zeros(regions, networks))
-        self.register_buffer("mean", torch.zeros(couplings))
-        self.register_buffer("scale", torch.ones(couplings))
-        self.register_buffer("inverse", torch.eye(couplings))
-        self.condition = ClauseCondition(token_width, text_width) if condition == "clauses" else None
-        self.pooled = PooledCondition(text_width, token_width) if condition == "pooled" else None
-        self.head = nn.Linear(readout_width, 1) if condition == "pooled" else None
-
-    def standardised(self, couplings: Tensor) -> Tensor:
-        """(people, couplings) in units of the spread of people without a disorder."""
-        return (couplings - self.get_buffer("mean")) / self.get_buffer("scale")
-
-    def logits(self, couplings: Tensor, nodes: Tensor | None, texts: Sequence[StatedCouplings], names: NetworkNames) -> Tensor:
-        """(people, texts) of the clause condition."""
-        assert self.condition is not None  # noqa: S101  (the caller knows the condition)
-        directions = torch.stack([self.condition.direction(text, names) for text in texts])
-        return self.condition(directions, self.standardised(couplings), self.get_buffer("inverse"), nodes)
 
 
 def alignable(system: object, model: Path) -> Alignable:
@@ -605,15 +533,6 @@ def _train(
         if step in stops:
             states[step] = _state(module)
     return states, tuple(losses)
-
-
-def sigmoid_contrast(logits: Tensor, pairs: Tensor) -> Tensor:
-    """Pairwise sigmoid loss of (people, texts) logits, Zhai et al. 2023; for every text, pairs and others weigh the same."""
-    positive = pairs.to(logits.dtype)
-    share = positive.sum(0, keepdim=True).clamp_min(1)
-    weights = positive / share + (1 - positive) / (len(positive) - share).clamp_min(1)
-    signs = 2 * positive - 1
-    return 0.5 * (weights * functional.softplus(-signs * logits)).sum(0).mean()
 
 
 def _fit_pooled(

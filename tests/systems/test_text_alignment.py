@@ -15,10 +15,10 @@ from brainfm_cli.learning.targets import Target
 from brainfm_cli.learning.texts import DisorderText, packaged_networks
 from brainfm_cli.learning.zero_shot import binary_target, compare_shuffled, retrieve, shuffled_texts
 from brainfm_cli.models.readouts import SHRINKAGE, network_couplings
+from brainfm_cli.models.text_alignment import sigmoid_contrast
 from brainfm_cli.models.text_conditioning import ClauseCondition, NetworkNames, StatedCouplings, coupling_pairs
 from brainfm_cli.records import RegionTable
 from brainfm_cli.simulation.anatomy import YEO_NETWORKS
-from brainfm_cli.systems.brain_graph_texts import sigmoid_contrast
 
 
 def correlations(people: int, regions: int, seed: int = 0) -> torch.Tensor:

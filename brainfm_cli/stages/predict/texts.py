@@ -14,6 +14,7 @@ from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
+from brainfm_cli.learning.alignment import AlignmentRecord
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.evaluation import Context, evaluate
@@ -228,8 +229,8 @@ def _evaluate(
     return evaluate(binary, split, {**predictors, **floors.predictors}, context, settings.evaluation)
 
 
-def _record(model: Path) -> alignment.AlignmentRecord:
-    return alignment.AlignmentRecord.from_values(read_model_config(model).alignment, where=model / "config.yaml")
+def _record(model: Path) -> AlignmentRecord:
+    return AlignmentRecord.from_values(read_model_config(model).alignment, where=model / "config.yaml")
 
 
 @lru_cache(maxsize=1)
@@ -246,7 +247,7 @@ def _called(aligned: alignment.Aligned) -> list[str]:
     return [aligned.words.words_of(name) for name, there in zip(aligned.record.networks, present, strict=True) if there]
 
 
-def _wanted(settings: PredictSettings, record: alignment.AlignmentRecord, present: Sequence[str]) -> tuple[str, ...]:
+def _wanted(settings: PredictSettings, record: AlignmentRecord, present: Sequence[str]) -> tuple[str, ...]:
     """Disorders to score: those asked for, else those among ``present`` that the model was not aligned with."""
     unseen = [name for name in present if name not in {*record.control, *record.disorders}]
     wanted = settings.text.disorders or tuple(settings.text.texts) or tuple(unseen)
@@ -272,7 +273,7 @@ def _text(name: str, model: Path, settings: TextSettings) -> DisorderText:
     return read_disorders(settings.table).text_of(name)  # the error that names what there is
 
 
-def _target(cohort: Cohort, model: Path, record: alignment.AlignmentRecord, settings: PredictSettings, people: Sequence[str]) -> Target:
+def _target(cohort: Cohort, model: Path, record: AlignmentRecord, settings: PredictSettings, people: Sequence[str]) -> Target:
     """Diagnoses of the people tested and of those that the model was aligned with, who train the floors.
 
     Raises
