@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_bytes
 from brainfm_cli.config import Frozen
-from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError, InternalError
+from brainfm_cli.provenance import file_sha256
 
 MODEL_FORMAT = 1
 _FARTHEST_MM = 1.0  # rounding of centres in another file of the same atlas
@@ -157,6 +158,21 @@ def source_of_model(model_dir: Path) -> Path:
     """The derivative that a model folder lies in (``OUT`` of ``OUT/models/<id>``), or the folder itself where it was moved."""
     derivative = model_dir.resolve().parent.parent
     return derivative if (derivative / "dataset_description.json").is_file() else model_dir
+
+
+def copy_backbone(model_dir: Path, folder: Path) -> list[Path]:
+    """Copy a model's weights, and the summary of its normalisation where there is one, into another model folder; weights first.
+
+    Raises
+    ------
+    InternalError
+        The copy differs from its source.
+    """
+    weights = write_bytes(folder / "model.safetensors", (model_dir / "model.safetensors").read_bytes())
+    if file_sha256(weights) != file_sha256(model_dir / "model.safetensors"):
+        raise InternalError("the copy of the backbone differs from its source", where=weights, fix="check the disk, then run again")
+    summary = model_dir / "normalisation.json"
+    return [weights, *([write_bytes(folder / summary.name, summary.read_bytes())] if summary.is_file() else [])]
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

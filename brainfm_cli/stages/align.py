@@ -15,12 +15,12 @@ from rich.console import Console
 from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.atlases.membership import near_networks
 from brainfm_cli.bids.cohort import Cohort
-from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json, write_text
+from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
-from brainfm_cli.errors import InputDatasetError, InternalError, UsageError
+from brainfm_cli.errors import InputDatasetError, UsageError
 from brainfm_cli.learning.alignment import AlignmentRecord, FitSettings
-from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model, write_tensors
+from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model, write_tensors
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import participant_hash
@@ -208,17 +208,13 @@ def _write(
     texts: Sequence[DisorderText],
     fitted: Mapping[str, alignment.FittedAtlas],
 ) -> list[Path]:
-    weights = write_bytes(folder / "model.safetensors", (model / "model.safetensors").read_bytes())
-    if file_sha256(weights) != file_sha256(model / "model.safetensors"):
-        raise InternalError("the copy of the backbone differs from its source", where=weights, fix="check the disk, then run again")
+    weights, *others = copy_backbone(model, folder)
     config = read_model_config(model).model_copy(update={"tuning": {}, "alignment": record.model_dump(mode="json")})
-    written = [weights, write_text(folder / "config.yaml", config.to_yaml())]
+    written = [weights, *others, write_text(folder / "config.yaml", config.to_yaml())]
     written.append(write_tensors(folder / "text.safetensors", alignment.tensors_of({name: one.module for name, one in fitted.items()})))
-    if (model / "normalisation.json").is_file():
-        written.append(write_bytes(folder / "normalisation.json", (model / "normalisation.json").read_bytes()))
     # All of the table, also what was excluded: a text is no label.
     kept = {text.name: text for text in (*read_disorders(settings.disorders).disorders, *texts)}
-    described = {"disorders": [text.model_dump(mode="json", exclude_none=True, exclude={"stated"}) for text in kept.values()]}
+    described = {"disorders": [text.model_dump(mode="json", exclude_none=True) for text in kept.values()]}
     written.append(write_text(folder / "disorders.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=120)))
     words = read_networks(settings.networks)
     written.append(
@@ -263,7 +259,7 @@ def _card(name: str, record: AlignmentRecord) -> str:
         f"# {name}\n\nA pretrained model aligned with texts of {len(record.disorders)} disorders (`{record.column}`: {', '.join(record.disorders)}) "
         f"by `brainfm align` on {record.people} people; the backbone in `model.safetensors` is unchanged.\n\n"
         f"* Atlases: {', '.join(record.atlases)}\n* Text encoder: {record.encoder}\n* Texts: `disorders.yaml`\n\n"
-        "Use: `brainfm predict COHORT OUTPUT group --model THIS_FOLDER --set disorders=[NAME]` scores people by the text of a disorder, "
+        "Use: `brainfm predict COHORT OUTPUT group --model THIS_FOLDER --set text.disorders=[NAME]` scores people by the text of a disorder, "
         "also of one that\nit was not aligned with, beside texts that say nothing or something else. The model is no medical device.\n"
     )
 

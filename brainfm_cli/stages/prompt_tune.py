@@ -14,11 +14,11 @@ from rich.console import Console
 
 from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
-from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json, write_text
+from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import InternalError, UsageError
-from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
+from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.scores import best_threshold
@@ -131,14 +131,10 @@ def _readers(system: System, model: Path, text: str) -> dict[str, CouplingReader
 
 
 def _write(folder: Path, model: Path, target: Target, table: pd.DataFrame, tuning: Tuning, settings: PromptTuneSettings) -> list[Path]:
-    weights = write_bytes(folder / "model.safetensors", (model / "model.safetensors").read_bytes())
-    if file_sha256(weights) != file_sha256(model / "model.safetensors"):
-        raise InternalError("the copy of the backbone differs from its source", where=weights, fix="check the disk, then run again")
+    weights, *others = copy_backbone(model, folder)
     record = _record(target, tuning, settings)
     config = read_model_config(model).model_copy(update={"tuning": record.model_dump(mode="json"), "alignment": {}})
-    written = [weights, write_text(folder / "config.yaml", config.to_yaml()), *save_tuned(folder, tuning.atlases)]
-    if (model / "normalisation.json").is_file():
-        written.append(write_bytes(folder / "normalisation.json", (model / "normalisation.json").read_bytes()))
+    written = [weights, *others, write_text(folder / "config.yaml", config.to_yaml()), *save_tuned(folder, tuning.atlases)]
     page = tuning_page(
         [_summary(label, tuned) for label, tuned in tuning.atlases.items()],
         title=f"Tuning of {folder.name}",

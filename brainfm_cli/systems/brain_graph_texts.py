@@ -104,11 +104,6 @@ class AlignInputs:
     graphs: tuple[tuple[Any, tuple[int, ...]], ...]
     """Frozen graphs of batches of runs, with the row of each run's person; only for the pooled condition, else empty."""
 
-    def rows(self, participants: Sequence[str]) -> NDArray[np.int64]:
-        """Rows of those of ``participants`` that have this atlas."""
-        place = {name: row for row, name in enumerate(self.participants)}
-        return np.array([place[name] for name in participants if name in place], dtype=np.int64)
-
 
 def alignable(system: object, model: Path) -> Alignable:
     """The system of ``model``, once it is known to offer what alignment needs.
