@@ -72,16 +72,15 @@ def fisher_z(correlation: Tensor) -> Tensor:
 
 def build_graphs(
     atlas: str,
-    series: Tensor,
-    frames: Tensor,
+    correlation: Tensor,
+    present: Tensor,
     *,
     connectivity: Connectivity,
     edges: Edges,
     density: float,
     threshold: float,
 ) -> Graphs:
-    """Graphs of a batch of windows; features are not yet standardised."""
-    correlation, present = correlate(series, frames)
+    """Graphs of what :func:`correlate` gives; features are not yet standardised."""
     adjacency = connect(correlation, present, edges=edges, density=density, threshold=threshold)
     features = fisher_z(correlation) if connectivity == "fisher-z" else correlation
     return Graphs(atlas=atlas, features=features, adjacency=adjacency, present=present)
@@ -92,11 +91,13 @@ def connect(correlation: Tensor, present: Tensor, *, edges: Edges, density: floa
 
     ``top-k``: the K largest positive correlations of each region, K = ceil(density · regions), united both ways.
     ``knn``: the K regions with the nearest connectivity rows. ``threshold``: correlation above ``threshold``.
+    Regions that are not ``present`` have no edges and no say in those of the others.
     """
     regions = correlation.shape[-1]
+    usable = present[:, :, None] & present[:, None, :] & ~torch.eye(regions, dtype=torch.bool, device=correlation.device)
+    correlation = torch.where(usable, correlation, 0.0)
     if edges == "threshold":
         return (correlation > threshold).to(correlation.dtype)
-    usable = present[:, :, None] & present[:, None, :] & ~torch.eye(regions, dtype=torch.bool, device=correlation.device)
     score = correlation if edges == "top-k" else -torch.cdist(correlation, correlation)
     score = torch.where(usable, score, -torch.inf)
     k = min(regions - 1, math.ceil(density * regions - 1e-9))
@@ -133,11 +134,14 @@ def normalised_adjacency(adjacency: Tensor) -> Tensor:
     return scale[:, :, None] * looped * scale[:, None, :]
 
 
-def hide_nodes(graphs: Graphs, hidden: Tensor) -> Graphs:
-    """The graphs with hidden regions' rows, columns and edges removed: nothing visible depends on them."""
+def hide_nodes(graphs: Graphs, hidden: Tensor, adjacency: Tensor) -> Graphs:
+    """The graphs without hidden regions' rows and columns, with the edges that the visible regions have on their own.
+
+    ``adjacency`` is :func:`connect` of the visible regions: edges of the whole graph would tell of the hidden ones, as
+    places among the largest correlations that a hidden region takes are missing among the visible.
+    """
     keep = (~hidden).to(graphs.features.dtype)
-    both = keep[:, :, None] * keep[:, None, :]
-    return replace(graphs, features=graphs.features * both, adjacency=graphs.adjacency * both, hidden=hidden)
+    return replace(graphs, features=graphs.features * keep[:, :, None] * keep[:, None, :], adjacency=adjacency, hidden=hidden)
 
 
 def choose_hidden(present: Tensor, scores: Tensor, ratio: float) -> Tensor:
@@ -155,7 +159,8 @@ def perturb(graphs: Graphs, drop_scores: Tensor, noise: Tensor, *, edge_drop: fl
     """
     kept = (drop_scores >= edge_drop).triu(1).to(graphs.adjacency.dtype)
     adjacency = graphs.adjacency * (kept + kept.transpose(1, 2))
-    there = (graphs.present[:, :, None] & graphs.present[:, None, :]).to(graphs.features.dtype)
+    seen = graphs.present if graphs.hidden is None else graphs.present & ~graphs.hidden
+    there = (seen[:, :, None] & seen[:, None, :]).to(graphs.features.dtype)
     features = graphs.features + (noise_scale * 0.5**0.5) * (noise + noise.transpose(1, 2)) * there
     features.diagonal(dim1=1, dim2=2).zero_()
     return replace(graphs, features=features, adjacency=adjacency)

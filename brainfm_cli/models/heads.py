@@ -29,7 +29,7 @@ class NodeDecoder(nn.Module):
         )
         self.offset = nn.ParameterDict({label: torch.zeros(n) for label, n in sorted(atlases.items())})
         self.edge_scale = nn.Parameter(torch.tensor(5.0))
-        self.edge_shift = nn.Parameter(torch.tensor(-2.0))
+        self.edge_shift = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, nodes: Tensor, hidden: Tensor, present: Tensor | None, identity: Tensor) -> Tensor:
         """(batch, regions, width) decoded vectors.

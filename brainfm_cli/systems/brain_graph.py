@@ -37,6 +37,7 @@ from brainfm_cli.models.graphs import (
     Graphs,
     build_graphs,
     choose_hidden,
+    connect,
     correlate,
     hashed_normal,
     hashed_uniform,
@@ -237,7 +238,7 @@ class BrainGraph:
             return {}
         sums: dict[str, list[Tensor]] = {}
         for batch in windows:
-            graph = self._raw_graphs(batch)
+            graph = self._raw_graphs(batch.atlas, *correlate(batch.series, batch.frames))
             there = (graph.present[:, :, None] & graph.present[:, None, :]).double()
             values = graph.features.double() * there
             part = [there.sum(0), values.sum(0), values.square().sum(0)]
@@ -270,19 +271,15 @@ class BrainGraph:
     def graphs(self, windows: Windows) -> Graphs:
         """Standardised graphs of a batch of windows, on the windows' device."""
         with torch.no_grad():
-            return self.model.standardiser(self._raw_graphs(windows))
+            return self.model.standardiser(self._raw_graphs(windows.atlas, *correlate(windows.series, windows.frames)))
 
-    def _raw_graphs(self, windows: Windows) -> Graphs:
+    def _raw_graphs(self, atlas: str, correlation: Tensor, present: Tensor) -> Graphs:
+        return build_graphs(atlas, correlation, present, connectivity=self.settings.graph.connectivity, **self._edge_rule)
+
+    @property
+    def _edge_rule(self) -> dict[str, Any]:
         graph = self.settings.graph
-        return build_graphs(
-            windows.atlas,
-            windows.series,
-            windows.frames,
-            connectivity=graph.connectivity,
-            edges=graph.edges,
-            density=graph.density,
-            threshold=graph.threshold,
-        )
+        return {"edges": graph.edges, "density": graph.density, "threshold": graph.threshold}
 
     @torch.no_grad()
     def embed(self, series: Sequence[np.ndarray], atlas: str, *, batch_size: int = 32) -> np.ndarray:
@@ -302,12 +299,9 @@ class BrainGraph:
         """Unweighted loss terms of one batch, and ``monitor_…`` values that are only logged."""
         settings = self.settings.losses
         ratio = objectives.mask_ratio(epoch, first=settings.mask_first, last=settings.mask_last, ramp_epochs=settings.mask_ramp_epochs)
-        whole = self.graphs(batch.first)
-        hidden = self._hidden(whole, batch.keys, ratio, _HIDE_FIRST)
-        first = hide_nodes(whole, hidden)
-        second = self._perturb(self.graphs(batch.second), batch.keys)
-        second = hide_nodes(second, self._hidden(second, batch.keys, ratio, _HIDE_SECOND))
-        encoded, other_window = self.model.encode(first), self.model.encode(second)
+        whole, hidden, first = self._masked(batch.first, batch.keys, ratio, _HIDE_FIRST)
+        _, _, second = self._masked(batch.second, batch.keys, ratio, _HIDE_SECOND)
+        encoded, other_window = self.model.encode(first), self.model.encode(self._perturb(second, batch.keys))
         terms = self._reconstruction(whole, hidden, encoded, batch.keys)
         scope = {"dataset": objectives.gather_ranks(batch.dataset), "participant": objectives.gather_ranks(batch.participant)}
         anchor = self.model.contrast(encoded.readout)
@@ -337,8 +331,13 @@ class BrainGraph:
             "monitor_distinct_rows": objectives.distinct_rows(rows[:2]),
         }
 
-    def _hidden(self, graphs: Graphs, keys: Tensor, ratio: float, stream: int) -> Tensor:
-        return choose_hidden(graphs.present, hashed_uniform(keys, (graphs.present.shape[1],), stream=stream), ratio)
+    @torch.no_grad()
+    def _masked(self, windows: Windows, keys: Tensor, ratio: float, stream: int) -> tuple[Graphs, Tensor, Graphs]:
+        """The whole graphs, (batch, regions) bool of what is hidden, and the graphs of what is left."""
+        correlation, present = correlate(windows.series, windows.frames)
+        whole = self.model.standardiser(self._raw_graphs(windows.atlas, correlation, present))
+        hidden = choose_hidden(present, hashed_uniform(keys, (present.shape[1],), stream=stream), ratio)
+        return whole, hidden, hide_nodes(whole, hidden, connect(correlation, present & ~hidden, **self._edge_rule))
 
     def _perturb(self, graphs: Graphs, keys: Tensor) -> Graphs:
         square = tuple(graphs.adjacency.shape[1:])

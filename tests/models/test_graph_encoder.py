@@ -14,7 +14,7 @@ from brainfm_cli.models import attention
 from brainfm_cli.models.attention import EdgeBias, biased_attention
 from brainfm_cli.models.graph_encoder import EncoderShape, GraphConvolution, GraphEncoder, read_out
 from brainfm_cli.models.graph_model import GraphModel, Standardiser
-from brainfm_cli.models.graphs import Graphs, build_graphs, hide_nodes, normalised_adjacency
+from brainfm_cli.models.graphs import Graphs, build_graphs, correlate, hide_nodes, normalised_adjacency
 from brainfm_cli.systems.brain_graph import PRESETS
 
 ATLASES = {"Ten": 10, "Twelve": 12}
@@ -37,7 +37,9 @@ def graphs_of(atlas: str = "Ten", items: int = 3, *, absent: tuple[int, ...] = (
     generator = torch.Generator().manual_seed(5)
     series = torch.randn(items, 50, regions, generator=generator) @ torch.randn(regions, regions, generator=generator)
     series[0, :, list(absent)] = torch.nan
-    return build_graphs(atlas, series, torch.full((items,), 50), connectivity="fisher-z", edges="top-k", density=0.3, threshold=0.3)
+    return build_graphs(
+        atlas, *correlate(series, torch.full((items,), 50)), connectivity="fisher-z", edges="top-k", density=0.3, threshold=0.3
+    )
 
 
 def test_convolution_is_torch_geometrics() -> None:
@@ -194,7 +196,9 @@ def test_visible_regions_do_not_see_hidden_ones(model: GraphModel) -> None:
     changed = replace(graphs, features=graphs.features.clone(), adjacency=graphs.adjacency.clone())
     changed.features[:, 2] = changed.features[:, :, 2] = 4.0
     changed.adjacency[:, 6] = changed.adjacency[:, :, 6] = 1.0
-    assert torch.equal(model.encode(hide_nodes(changed, hidden)).nodes, model.encode(hide_nodes(graphs, hidden)).nodes)
+    keep = (~hidden).float()
+    visible = graphs.adjacency * keep[:, :, None] * keep[:, None, :]
+    assert torch.equal(model.encode(hide_nodes(changed, hidden, visible)).nodes, model.encode(hide_nodes(graphs, hidden, visible)).nodes)
     assert not torch.equal(model.encode(changed).nodes, model.encode(graphs).nodes)
 
 

@@ -48,7 +48,14 @@ def whole(series: Tensor) -> Tensor:
 
 
 def graphs_of(series: Tensor, edges: Edges = "top-k") -> Graphs:
-    return build_graphs("Toy", series, whole(series), connectivity="fisher-z", edges=edges, density=0.3, threshold=0.2)
+    return build_graphs("Toy", *correlate(series, whole(series)), connectivity="fisher-z", edges=edges, density=0.3, threshold=0.2)
+
+
+def visible_of(series: Tensor, hidden: Tensor, edges: Edges) -> Graphs:
+    """What is left of the graphs without the hidden regions."""
+    correlation, present = correlate(series, whole(series))
+    graphs = build_graphs("Toy", correlation, present, connectivity="fisher-z", edges=edges, density=0.3, threshold=0.2)
+    return hide_nodes(graphs, hidden, connect(correlation, present & ~hidden, edges=edges, density=0.3, threshold=0.2))
 
 
 def off_diagonal(matrix: np.ndarray) -> np.ndarray:
@@ -121,7 +128,7 @@ def test_fisher_z_is_arctanh_and_stays_finite_where_series_are_alike() -> None:
     assert graphs.features[0, 0, 2] < -6
     r = torch.linspace(-0.99, 0.99, 21)
     np.testing.assert_allclose(fisher_z(r), np.arctanh(r.numpy()), rtol=1e-6)
-    plain = build_graphs("Toy", series, whole(series), connectivity="pearson", edges="top-k", density=0.3, threshold=0.2)
+    plain = build_graphs("Toy", *correlate(series, whole(series)), connectivity="pearson", edges="top-k", density=0.3, threshold=0.2)
     torch.testing.assert_close(plain.features, correlate(series, whole(series))[0])
 
 
@@ -206,35 +213,25 @@ def test_propagation_is_that_of_torch_geometric_and_networkx() -> None:
         np.testing.assert_allclose(propagation[item], theirs, atol=1e-6)
 
 
-def test_nothing_of_a_hidden_region_is_left() -> None:
-    graphs = graphs_of(series_of())
+@pytest.mark.parametrize("edges", ["threshold", "top-k", "knn"])
+def test_nothing_of_a_hidden_region_is_left(edges: Edges) -> None:
+    """From the series on: visible features, edges and walks are the same to the last bit whatever hidden regions did."""
+    series = series_of()
     hidden = torch.zeros(3, REGIONS, dtype=torch.bool)
-    hidden[0, [1, 4]] = hidden[1, 0] = True
-    changed = Graphs(atlas="Toy", features=graphs.features.clone(), adjacency=graphs.adjacency.clone(), present=graphs.present)
-    for item, place in hidden.nonzero().tolist():
-        for matrix, value in ((changed.features, 9.0), (changed.adjacency, 1.0)):
-            matrix[item, place, :] = matrix[item, :, place] = value
-    assert not torch.equal(changed.features, graphs.features)
-    first, second = hide_nodes(graphs, hidden), hide_nodes(changed, hidden)
+    hidden[:2, [2, 5]] = True
+    other = series.clone()
+    other[:2, :, [2, 5]] = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(8))
+    assert not torch.equal(graphs_of(series, edges).adjacency[:2], graphs_of(other, edges).adjacency[:2])
+    first, second = visible_of(series, hidden, edges), visible_of(other, hidden, edges)
     assert torch.equal(first.features, second.features)
     assert torch.equal(first.adjacency, second.adjacency)
-    assert torch.equal(random_walk_encoding(first.adjacency), random_walk_encoding(second.adjacency))
-    # visible regions keep everything among themselves
-    seen = ~hidden[0]
-    assert torch.equal(first.features[0][seen][:, seen], graphs.features[0][seen][:, seen])
-    assert torch.equal(first.adjacency[2], graphs.adjacency[2])
-
-
-def test_series_of_hidden_regions_reach_nothing_where_edges_are_thresholded() -> None:
-    """From the series on. Not so for top-k and knn, whose visible edges compete with hidden ones before these are removed."""
-    series, other = series_of(), series_of()
-    hidden = torch.zeros(3, REGIONS, dtype=torch.bool)
-    hidden[:, [2, 5]] = True
-    other[:, :, [2, 5]] = torch.randn(3, 40, 2, generator=torch.Generator().manual_seed(8))
-    first, second = (hide_nodes(graphs_of(one, "threshold"), hidden) for one in (series, other))
-    torch.testing.assert_close(first.features, second.features)
-    assert torch.equal(first.adjacency, second.adjacency)
-    assert first.adjacency.any()
+    assert first.adjacency[0].any()
+    # visible regions keep their rows among themselves, and a graph without hidden regions all its edges
+    whole_graph, seen = graphs_of(series, edges), ~hidden[0]
+    assert torch.equal(first.features[0][seen][:, seen], whole_graph.features[0][seen][:, seen])
+    assert torch.equal(first.adjacency[2], whole_graph.adjacency[2])
+    assert not first.adjacency[0, 2].any()
+    assert not first.features[0, :, 5].any()
 
 
 def test_hidden_regions_are_the_share_asked_for_of_present_ones_with_the_lowest_scores() -> None:

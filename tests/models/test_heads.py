@@ -57,6 +57,7 @@ def test_absent_regions_are_not_attended_to(decoder: NodeDecoder, inputs: dict[s
 def test_rows_and_edges_are_products_of_decoded_vectors(decoder: NodeDecoder, inputs: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         decoder.offset["Toy"].normal_()
+        decoder.edge_shift.fill_(-2.0)
     decoded = decoder(**inputs).detach()
     rows, logits = decoder.rows(decoded, "Toy"), decoder.edge_logits(decoded)
     columns, offset = decoder.columns["Toy"], decoder.offset["Toy"]

@@ -11,7 +11,7 @@ from scipy.special import erf, expit
 
 from brainfm_cli.models.graph_encoder import EncoderShape
 from brainfm_cli.models.graph_model import GraphModel
-from brainfm_cli.models.graphs import Graphs, build_graphs, hide_nodes
+from brainfm_cli.models.graphs import Graphs, build_graphs, correlate, hide_nodes
 from brainfm_cli.models.prompts import GraphPrompt, TargetPrompt
 
 ATLASES = {"Eight": 8, "Ten": 10}
@@ -22,7 +22,9 @@ def graphs_of(atlas: str = "Eight", items: int = 3) -> Graphs:
     generator = torch.Generator().manual_seed(5)
     series = torch.randn(items, 50, ATLASES[atlas], generator=generator)
     series[0, :, 2] = torch.nan
-    return build_graphs(atlas, series, torch.full((items,), 50), connectivity="fisher-z", edges="top-k", density=0.3, threshold=0.3)
+    return build_graphs(
+        atlas, *correlate(series, torch.full((items,), 50)), connectivity="fisher-z", edges="top-k", density=0.3, threshold=0.3
+    )
 
 
 def trained_looking(module: torch.nn.Module) -> None:
@@ -73,7 +75,10 @@ def test_prompted_adjacency_stays_a_graph_of_usable_regions() -> None:
     trained_looking(prompt)
     hidden = torch.zeros(3, 8, dtype=torch.bool)
     hidden[1, 5] = True
-    graphs = hide_nodes(graphs_of(), hidden)
+    graphs = graphs_of()
+    visible = graphs.adjacency.clone()
+    visible[1, 5] = visible[1, :, 5] = 0.0
+    graphs = hide_nodes(graphs, hidden, visible)
     features, adjacency, _ = prompt(graphs, torch.randn(1, 16), torch.randn(1, 16))
     torch.testing.assert_close(adjacency, adjacency.transpose(1, 2))
     assert adjacency.min() >= 0
