@@ -208,17 +208,17 @@ def pretrain(call: Invocation) -> int:
 @command("align", levels=("group",), options=("model", "target", *TRAIN))
 def align(call: Invocation) -> int:
     """Align a pretrained model with texts of disorders, so that unseen ones can be scored by their text."""
-    from brainfm_cli.stages.align import AlignSettings, align
+    from brainfm_cli.stages.align import align
 
-    return align(call, AlignSettings.read(call.config, call.overrides))
+    return align(call)
 
 
 @command("prompt-tune", levels=("group",), options=("system", "model", "target", *TRAIN))
 def prompt_tune(call: Invocation) -> int:
     """Learn prompts and a head for one target; the backbone stays frozen."""
-    from brainfm_cli.stages.prompt_tune import PromptTuneSettings, prompt_tune
+    from brainfm_cli.stages.prompt_tune import prompt_tune
 
-    return prompt_tune(call, PromptTuneSettings.read(call.config, call.overrides))
+    return prompt_tune(call)
 
 
 @command("predict", levels=("participant", "group"), options=("model", "target", "reports_only", *TRAIN))

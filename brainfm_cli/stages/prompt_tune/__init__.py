@@ -66,31 +66,36 @@ class PromptTuneSettings(Settings):
     """Seed of the inner folds and of the order of people."""
 
 
-def prompt_tune(call: Invocation, settings: PromptTuneSettings) -> int:
-    """Tune and write ``models/<id>``; gives back the exit code."""
+def prompt_tune(call: Invocation) -> int:
+    """Tune and write ``models/<id>``, with the settings of the model's system; gives back the exit code."""
     if call.model is None:
         raise UsageError("prompt-tune needs a model", fix="give --model OUT/models/<id> of 'brainfm pretrain'")
     choose_device(call.execution.device)
+    return tune_target(call, call.model, PromptTuneSettings.read(call.config, call.overrides))
+
+
+def tune_target(call: Invocation, model: Path, settings: PromptTuneSettings) -> int:
+    """Prompts and a head for one column; gives back the exit code."""
     cohort = Cohort.open(call.input_dir)
-    config = read_model_config(call.model)
+    config = read_model_config(model)
     settings = settings.model_copy(update={"atlases": _atlases(cohort, sorted(config.atlases), settings, call)})
     participants = select_participants(cohort, settings.where, call.selection.participant_label)
     target = read_target(cohort, settings.target, settings.coding, participants=participants)
     if call.dry_run:
-        _print_plan(call.model, target, settings)
+        _print_plan(model, target, settings)
         return 0
-    sources = [call.input_dir, source_of_model(call.model)]
-    dataset = OutputDataset.open(call.output_dir, command="prompt-tune", settings=settings, sources=sources, citation=_citation(call.model))
+    sources = [call.input_dir, source_of_model(model)]
+    dataset = OutputDataset.open(call.output_dir, command="prompt-tune", settings=settings, sources=sources, citation=_citation(model))
     folder = dataset.root / "models" / f"{config.system['kind']}-{_slug(settings.target)}-{dataset.configuration_hash[:8]}"
     arguments = {
         "cohort_dir": cohort.root,
-        "model": call.model,
+        "model": model,
         "folder": folder,
         "settings": settings,
         "execution": call.execution,
         "participants": target.participants,
     }
-    unit = Unit(name=f"model-{folder.name}", inputs=(*cohort.files, *model_files(call.model)), work=write_model, arguments=arguments)
+    unit = Unit(name=f"model-{folder.name}", inputs=(*cohort.files, *model_files(model)), work=write_model, arguments=arguments)
     return run_units(dataset, [unit], call.execution)
 
 

@@ -69,13 +69,18 @@ class AlignSettings(Settings):
     """Seed of everything random."""
 
 
-def align(call: Invocation, settings: AlignSettings) -> int:
-    """Align and write ``models/<id>``; gives back the exit code."""
+def align(call: Invocation) -> int:
+    """Align and write ``models/<id>``, with the settings of the model's system; gives back the exit code."""
     if call.model is None:
         raise UsageError("align needs a model", fix="give --model OUT/models/<id> of 'brainfm pretrain'")
     choose_device(call.execution.device)
+    return align_texts(call, call.model, AlignSettings.read(call.config, call.overrides))
+
+
+def align_texts(call: Invocation, model: Path, settings: AlignSettings) -> int:
+    """Align with texts of disorders; gives back the exit code."""
     cohort = Cohort.open(call.input_dir)
-    config = read_model_config(call.model)
+    config = read_model_config(model)
     wanted = atlas_labels(settings.atlases, cohort.atlases, call.datasets)
     shared = [label for label in wanted or cohort.choose_atlases(()) if label in config.atlases]
     settings = settings.model_copy(update={"atlases": tuple(shared or wanted)})
@@ -83,21 +88,21 @@ def align(call: Invocation, settings: AlignSettings) -> int:
     target, named = read_people(cohort, settings, participants)
     texts = disorder_texts(named, settings)
     if call.dry_run:
-        _print_plan(call.model, target, settings, texts)
+        _print_plan(model, target, settings, texts)
         return 0
-    sources = [call.input_dir, source_of_model(call.model)]
+    sources = [call.input_dir, source_of_model(model)]
     dataset = OutputDataset.open(call.output_dir, command="align", settings=settings, sources=sources, citation=_CITATION)
     folder = dataset.root / "models" / f"{config.system['kind']}-text-{dataset.configuration_hash[:8]}"
     tables = [path for path in (settings.disorders, settings.networks) if path is not None]
     arguments = {
         "cohort_dir": cohort.root,
-        "model": call.model,
+        "model": model,
         "folder": folder,
         "settings": settings,
         "execution": call.execution,
         "participants": target.participants,
     }
-    inputs = (*cohort.files, *model_files(call.model), *tables)
+    inputs = (*cohort.files, *model_files(model), *tables)
     return run_units(dataset, [Unit(name=f"model-{folder.name}", inputs=inputs, work=write_model, arguments=arguments)], call.execution)
 
 
