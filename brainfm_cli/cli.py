@@ -9,6 +9,7 @@ import atexit
 import functools
 import gc
 import inspect
+import json
 import logging
 import os
 import signal
@@ -68,10 +69,12 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "atlases": (Annotated[Strings, typer.Option("--atlases", "--atlas", help="Atlas names; see 'brainfm assets list'.")], ()),
     "min_coverage": (Annotated[float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Smallest share of a region inside the brain mask.")], None),
     "denoise_strategy": (Annotated[str | None, typer.Option("--denoise-strategy", help="none, simple, scrubbing or compcor, each with or without +gsr.")], None),
-    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph or drug-response.")], None),
+    "trials": (Annotated[bool, typer.Option("--trials", help="Single-trial responses: participant estimates them from BOLD and events, group packs them.")], False),
+    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph, drug-response or brain-caption.")], None),
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
-    "kind": (Annotated[str | None, typer.Option("--kind", help="rest or drug.")], None),
+    "chat": (Annotated[Strings, typer.Option("--chat", help="Questions, each in quotes, answered in words for every picture or scan.")], ()),
+    "kind": (Annotated[str | None, typer.Option("--kind", help="rest, drug or viewing.")], None),
     "sim_level": (Annotated[str | None, typer.Option("--level", help="raw (as scanned), bold (voxel images) or series (packed region series).")], None),
     "raw": (Annotated[bool, typer.Option("--raw", help="The same as --level raw: raw BIDS, as scanned.")], False),
     "effect": (Annotated[float | None, typer.Option("--effect", min=0.0, help="Size of the planted effects; 0 gives a null cohort.")], None),
@@ -91,6 +94,8 @@ SETTING_OF_FLAG = {
     "atlases": "atlases",
     "min_coverage": "min_coverage",
     "denoise_strategy": "denoise.strategy",
+    "trials": "trials",
+    "chat": "chat",
     "system": "system.kind",
     "kind": "kind",
     "sim_level": "level",
@@ -105,7 +110,7 @@ SETTING_OF_FLAG = {
     "ignore": "ignore",
     "fs_no_reconall": "fs_no_reconall",
 }
-LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set", "--output-spaces", "--ignore"}  # fmt: skip
+LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set", "--output-spaces", "--ignore", "--chat"}  # fmt: skip
 RUN = ("nprocs", "omp_nthreads", "mem_mb", "work_dir", "clean_workdir", "stop_on_first_crash", "verbose", "dry_run")
 MACHINE = ("device", "fs_license_file", "fs_subjects_dir", "image")
 SETTINGS = ("config", "overrides")
@@ -188,7 +193,7 @@ def preprocess(call: Invocation) -> int:
 @command(
     "parcellate",
     levels=("participant", "group"),
-    options=("atlases", "denoise_strategy", "min_coverage", *SELECT, *SETTINGS, "reports_only", *RUN),
+    options=("atlases", "denoise_strategy", "min_coverage", "trials", *SELECT, *SETTINGS, "reports_only", *RUN),
 )
 def parcellate(call: Invocation) -> int:
     """Turn preprocessed runs into region series and connectivity, all atlases in one pass; group packs the cohort."""
@@ -197,12 +202,12 @@ def parcellate(call: Invocation) -> int:
     return parcellate(call, ParcellateSettings.read(call.config, call.overrides))
 
 
-@command("pretrain", levels=("group",), options=("system", *TRAIN))
+@command("pretrain", levels=("group",), options=("system", "model", *TRAIN))
 def pretrain(call: Invocation) -> int:
-    """Pretrain a foundation model on a packed cohort."""
-    from brainfm_cli.stages.pretrain import PretrainSettings, pretrain
+    """Pretrain a foundation model on a packed cohort, or teach a finished one (--model) further atlases."""
+    from brainfm_cli.stages.pretrain import pretrain
 
-    return pretrain(call, PretrainSettings.read(call.config, call.overrides))
+    return pretrain(call)
 
 
 @command("align", levels=("group",), options=("model", "target", *TRAIN))
@@ -227,6 +232,14 @@ def predict(call: Invocation) -> int:
     from brainfm_cli.stages.predict import PredictSettings, predict
 
     return predict(call, PredictSettings.read(call.config, call.overrides))
+
+
+@command("caption", levels=("participant", "group"), options=("model", "chat", "reports_only", *TRAIN))
+def caption(call: Invocation) -> int:
+    """Say in words what participants saw; group scores the captions beside their floors."""
+    from brainfm_cli.stages.caption import caption
+
+    return caption(call)
 
 
 @command("demo", options=("seed", "nprocs", "verbose"))
@@ -319,7 +332,7 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
     for flag, setting in SETTING_OF_FLAG.items():
         value = values.get(flag)
         if value not in (None, [], ()) and value is not False:
-            overrides.append(f"{setting}=[{', '.join(value)}]" if isinstance(value, list | tuple) else f"{setting}={value}")
+            overrides.append(f"{setting}={_listed(value)}" if isinstance(value, list | tuple) else f"{setting}={value}")
     if values.get("raw"):
         overrides.append("level=raw")
     flags = {key: values[key] for key in (*RUN, *MACHINE) if key in values and key != "dry_run"}
@@ -348,6 +361,11 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
         passthrough=values["context"].obj or (),
         arguments=tuple(sys.argv[1:]),
     )
+
+
+def _listed(values: Sequence[str]) -> str:
+    """A YAML list; JSON's quotes keep commas and question marks inside a value."""
+    return f"[{', '.join(json.dumps(str(value), ensure_ascii=False) for value in values)}]"
 
 
 def _guarded(call: Callable[[], int], *, verbose: int) -> int:

@@ -47,7 +47,7 @@ INDEX_COLUMNS: dict[str, str] = {
     "mean_fd": "mean framewise displacement in millimetres, NaN where unknown",
     "kept_fraction": "share of frames that denoising kept, NaN where unknown",
 }
-_HEADER_BYTES = 128
+HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class CohortWriter:
         self._atlases[atlas.label] = atlas
         self._frames[atlas.label] = 0
         stream = self._stack.enter_context((self._temporary / f"atlas-{atlas.label}.npy").open("wb"))
-        stream.write(b"\0" * _HEADER_BYTES)
+        stream.write(b"\0" * HEADER_BYTES)
         self._streams[atlas.label] = stream
 
     def add_run(self, atlas: str, series: np.ndarray, row: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ class CohortWriter:
 
         for label, stream in self._streams.items():
             stream.seek(0)
-            stream.write(_npy_header(self._frames[label], len(self._atlases[label].regions.names)))
+            stream.write(npy_header(self._frames[label], len(self._atlases[label].regions.names)))
             stream.flush()
             os.fsync(stream.fileno())
             _write_atlas(self._temporary, self._atlases[label])
@@ -270,10 +270,11 @@ def iterate_runs(cohort: Cohort, atlas: str) -> Iterator[tuple[Any, np.ndarray]]
         yield row, cohort.series(row)
 
 
-def _npy_header(frames: int, regions: int) -> bytes:
+def npy_header(frames: int, regions: int) -> bytes:
+    """The first :data:`HEADER_BYTES` of a float32 store of that shape, whose rows are appended before their number is known."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({frames}, {regions}), }}"
-    magic = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
-    return magic + text.ljust(_HEADER_BYTES - 11).encode() + b"\n"
+    magic = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return magic + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
 
 
 def _write_atlas(folder: Path, atlas: CohortAtlas) -> None:

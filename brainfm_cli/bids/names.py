@@ -47,6 +47,10 @@ OUTPUTS: dict[str, OutputName] = {
     "fisherz": OutputName("relmat", ".tsv", "func", "Fisher z of the Pearson correlation", (("stat", "fisherz"),)),
     "partial": OutputName("relmat", ".tsv", "func", "partial correlation between regions", (("stat", "partialcorrelation"),)),
     "coverage": OutputName("bold", ".tsv", "func", "share of each region inside the brain mask", (("stat", "coverage"),)),
+    "trial_map": OutputName("statmap", ".nii.gz", "func", "single-trial responses: volume = trial", (("stat", "effect"), ("desc", "singletrial"))),
+    "trials": OutputName("trials", ".tsv", "func", "what was shown in each volume of the single-trial map", (("desc", "singletrial"),)),
+    "trial_mask": OutputName("mask", ".nii.gz", "func", "voxels whose single-trial responses are used"),
+    "caption": OutputName("caption", ".json", "", "what a model says that a participant saw", (("desc", "brainfm"),)),
     "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
     "embedding": OutputName("embedding", ".tsv", "func", "what a model's encoder makes of one run", (("desc", "brainfm"),)),
 }  # fmt: skip
@@ -68,12 +72,18 @@ provenance.json
 *_caption.*
 *_prediction.*
 *_statmap.*
-*_trials.tsv
+*_trials.*
+*_captions.*
+stimuli
+bayes.tsv
+captions.tsv
+reconstructions
 cohort
 group_qc.*
 metrics.json
 predictions.tsv
 interaction.json
+explanation
 few-shot
 zero-shot
 zero_shot.json

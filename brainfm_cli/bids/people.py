@@ -26,7 +26,7 @@ def find_participants_table(dataset: Path, *, depth: int = _LINKS) -> Path | Non
     if depth == 0:
         return None
     parents = [parent.parent for parent in (dataset, *dataset.parents) if parent.name == "derivatives"]
-    for folder in (*_linked(dataset), *parents[:1]):
+    for folder in (*linked_datasets(dataset), *parents[:1]):
         if folder.is_dir() and folder.resolve() != dataset.resolve() and (found := find_participants_table(folder, depth=depth - 1)):
             return found
     return None
@@ -60,7 +60,7 @@ def copy_participants(table: Path, root: Path, labels: Sequence[str]) -> list[Pa
     return written
 
 
-def _linked(dataset: Path) -> list[Path]:
+def linked_datasets(dataset: Path) -> list[Path]:
     """Folders that dataset_description.json names as sources."""
     path = dataset / "dataset_description.json"
     description = _read(path) if path.is_file() else {}

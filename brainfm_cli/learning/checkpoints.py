@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_bytes
+from brainfm_cli.bids.voxel_cohort import VoxelSpace
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError, InternalError
 from brainfm_cli.provenance import file_sha256
 
 MODEL_FORMAT = 1
+DONOR = "donor"
+"""Folder of a second model in a tuned model's, and name of the block that its embedding gives."""
 _FARTHEST_MM = 1.0  # rounding of centres in another file of the same atlas
 
 
@@ -51,6 +55,24 @@ class AtlasRecord(Frozen):
         return cls(template=atlas.template, regions=atlas.regions.names, networks=atlas.regions.networks)
 
 
+class ViewerRecord(Frozen):
+    """A participant's voxels as a model remembers them."""
+
+    voxels: int
+    """Number of voxels."""
+    space: str
+    """Label of ``space-``."""
+    mask_sha256: str
+    """Hash of the mask."""
+    order_sha256: str
+    """Hash of the mask and the order of its voxels."""
+
+    @classmethod
+    def of(cls, space: VoxelSpace) -> ViewerRecord:
+        """The record of a cohort's participant."""
+        return cls(voxels=space.num_voxels, space=space.space, mask_sha256=space.mask_sha256, order_sha256=space.order_sha256)
+
+
 class ModelConfig(Frozen):
     """``config.yaml`` of a model folder."""
 
@@ -62,10 +84,16 @@ class ModelConfig(Frozen):
     """Atlases the model knows, by label."""
     pretraining: dict[str, Any] = {}
     """How it was pretrained, from which pretraining can be repeated on other people."""
+    added: list[dict[str, Any]] = Field(default=[], exclude_if=lambda value: not value)
+    """Atlases that were added to the finished model, and how, in order; absent where there are none."""
+    meta: dict[str, Any] = Field(default={}, exclude_if=lambda value: not value)
+    """Tasks that a start for prompts and head was meta-learned from; absent where there is none."""
     tuning: dict[str, Any] = {}
     """Target and settings of prompt-tune; empty for a model that was not tuned."""
     alignment: dict[str, Any] = {}
     """Texts that the model was aligned with; empty for a model that knows none."""
+    viewers: dict[str, ViewerRecord] = Field(default={}, exclude_if=lambda value: not value)
+    """Participants whose voxels the model knows; absent for systems that read regions or volumes."""
 
     def to_yaml(self) -> str:
         """The configuration as YAML."""
@@ -134,6 +162,29 @@ def check_atlas(known: Mapping[str, AtlasRecord], atlas: CohortAtlas) -> None:
         )
 
 
+def check_viewer(known: Mapping[str, ViewerRecord], space: VoxelSpace) -> None:
+    """Refuse responses of a participant or of voxels that a model was not made for; the field that differs is named.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The model has not seen the participant, or with another mask or order of voxels.
+    """
+    record = known.get(space.participant)
+    if record is None:
+        raise CheckpointMismatchError(
+            f"the model has never seen participant {space.participant}",
+            fix=f"it knows {', '.join(sorted(known))}; tune it for this participant with 'brainfm prompt-tune'",
+        )
+    for name, what in (("voxels", "number of voxels"), ("mask_sha256", "mask"), ("order_sha256", "order of voxels"), ("space", "space")):
+        given = ViewerRecord.of(space)
+        if getattr(record, name) != getattr(given, name):
+            raise CheckpointMismatchError(
+                f"participant {space.participant} has another {what} than the model was made for ({name}: {getattr(given, name)}, not {getattr(record, name)})",
+                fix="pack the cohort with the mask that the model was trained with, or train again",
+            )
+
+
 def shared_atlases(known: Mapping[str, AtlasRecord], cohort: Cohort) -> list[str]:
     """The cohort's atlases that a model knows, each checked; sorted.
 
@@ -151,7 +202,9 @@ def shared_atlases(known: Mapping[str, AtlasRecord], cohort: Cohort) -> list[str
 def model_files(model_dir: Path) -> tuple[Path, ...]:
     """Every file of a model folder whose change changes the model, sorted."""
     read_model_config(model_dir)
-    return tuple(sorted(path for path in model_dir.iterdir() if path.suffix in {".safetensors", ".yaml", ".json", ".tsv"}))
+    folders = [model_dir, *([model_dir / DONOR] if (model_dir / DONOR).is_dir() else [])]
+    kinds = {".safetensors", ".yaml", ".json", ".tsv"}
+    return tuple(sorted(path for folder in folders for path in folder.iterdir() if path.suffix in kinds))
 
 
 def source_of_model(model_dir: Path) -> Path:
@@ -161,7 +214,7 @@ def source_of_model(model_dir: Path) -> Path:
 
 
 def copy_backbone(model_dir: Path, folder: Path) -> list[Path]:
-    """Copy a model's weights, and the summary of its normalisation where there is one, into another model folder; weights first.
+    """Copy a model's weights, its normalisation's summary and its meta-learned start where it has them, into another folder; weights first.
 
     Raises
     ------
@@ -171,12 +224,12 @@ def copy_backbone(model_dir: Path, folder: Path) -> list[Path]:
     weights = write_bytes(folder / "model.safetensors", (model_dir / "model.safetensors").read_bytes())
     if file_sha256(weights) != file_sha256(model_dir / "model.safetensors"):
         raise InternalError("the copy of the backbone differs from its source", where=weights, fix="check the disk, then run again")
-    summary = model_dir / "normalisation.json"
-    return [weights, *([write_bytes(folder / summary.name, summary.read_bytes())] if summary.is_file() else [])]
+    others = [path for name in ("normalisation.json", "meta.safetensors") if (path := model_dir / name).is_file()]
+    return [weights, *(write_bytes(folder / path.name, path.read_bytes()) for path in others)]
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module's parameters and buffers from a safetensors file; every name and shape must fit.
+def load_weights(module: nn.Module, path: Path, *, beside: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Fill a module's parameters and buffers from a safetensors file, and ``beside`` it; every name and shape must fit.
 
     Raises
     ------
@@ -185,7 +238,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     CheckpointMismatchError
         The file is damaged or belongs to another model.
     """
-    tensors = read_tensors(path)
+    tensors = {**beside, **read_tensors(path)}
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

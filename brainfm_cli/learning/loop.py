@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -73,6 +73,22 @@ class Trainable(Protocol):
 
     def losses(self, batch: Any, *, epoch: float) -> dict[str, Tensor]:  # noqa: ANN401  (each system has its own batch)
         """Unweighted terms, and ``monitor_…`` values that are only logged."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A system some of whose parameters train later and slower than the others."""
+
+    def rate_factor(self, name: str, progress: float) -> float:
+        """Share of the learning rate of a parameter, ``progress`` being the share of all steps that is done."""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A system whose epochs are not chosen by the validation loss."""
+
+    def judge(self, epoch: int) -> float | None:
+        """What is smallest in the best epoch; none where this epoch cannot be the best. Called once the validation batches are done."""
 
 
 class BatchSource(Protocol):
@@ -228,6 +244,8 @@ class _Run(lightning.LightningModule):
         decayed = [p for p in self.module.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in self.module.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        if isinstance(self._system, Staged):
+            groups = [{**group, "params": [p], "name": self._names[id(p)]} for group in groups for p in group["params"]]  # type: ignore[union-attr]
         # the fused kernel cannot be unscaled and clipped with 16-bit gradient scaling
         fused = str(self.trainer.precision) != "16-mixed" and self.device.type in {"cpu", "cuda"}
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
@@ -279,6 +297,8 @@ class _Run(lightning.LightningModule):
         rate = self._plan.learning_rate(self.position.step, self._source.num_batches)
         for group in _optimiser(self).param_groups:
             group["lr"] = rate
+            if isinstance(self._system, Staged):
+                group["lr"] *= self._system.rate_factor(group["name"], self.position.step / self.total_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         position, plan = self.position, self._plan
@@ -311,9 +331,13 @@ class _Run(lightning.LightningModule):
             means = self._validation_means()
             if not math.isfinite(means["loss"]):
                 raise self._diverged("validation")
+            judged: float | None = means["loss"]
+            if isinstance(self._system, Judged):
+                judged = self._system.judge(position.epoch)
+                means |= {} if judged is None else {f"{MONITOR}judged": judged}
             self.log_rows.add("validation", step=position.step, epoch=position.epoch, **means)
-            if position.best_loss is None or means["loss"] < position.best_loss:
-                position.best_loss, position.best_epoch = means["loss"], position.epoch
+            if judged is not None and (position.best_loss is None or judged < position.best_loss):
+                position.best_loss, position.best_epoch = judged, position.epoch
                 if self.trainer.is_global_zero:
                     write_tensors(self.best_path, self.module.state_dict())
             elif patience is not None and position.best_epoch is not None and position.epoch - position.best_epoch >= patience:

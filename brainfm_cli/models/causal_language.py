@@ -209,7 +209,9 @@ def load_language_model(source: Path, *, name: str | None = None, dtype: torch.d
     called, source = name or source.name, source.expanduser()
     if not source.exists():
         raise InputNotFoundError(
-            f"the language model '{called}' is not here", where=source, fix=f"give its folder, or use {DEFAULT_LANGUAGE_MODEL} (brainfm assets get)"
+            f"the language model '{called}' is not here",
+            where=source,
+            fix=f"give its folder, or use {DEFAULT_LANGUAGE_MODEL} (brainfm assets get)",
         )
     folder, packed = _gguf(source)
     options: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": packed} if packed else {"use_safetensors": True})

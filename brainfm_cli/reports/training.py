@@ -25,16 +25,18 @@ def training_page(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     people: pd.DataFrame | None = None,
+    sections: Sequence[Section] = (),
     methods: str = "",
     citations: Sequence[str] = (),
 ) -> Page:
     """The page of one pretraining: every loss term by itself, then what warns of collapse.
 
-    ``people`` is a small table of who trained and who chose the epoch.
+    ``people`` is a small table of who trained and who chose the epoch; ``sections`` stand before the curves.
     """
     terms = [name for name in log.terms() if not name.startswith(_MONITOR)]
     monitors = [name for name in log.terms() if name.startswith(_MONITOR)]
-    sections = [
+    shown = [
+        *sections,
         Section(
             title="Losses",
             lead="Training (line) and held-out people (dots), in optimiser steps. The epoch with the lowest held-out loss is kept.",
@@ -47,7 +49,7 @@ def training_page(
         ),
     ]
     if monitors:
-        sections.append(
+        shown.append(
             Section(
                 title="Alarms",
                 lead="Not trained on. An embedding spread near 0, or one distinct decoded row, would mean that the model has collapsed.",
@@ -55,13 +57,13 @@ def training_page(
             )
         )
     if people is not None:
-        sections.append(Section(title="People", blocks=(table(people),)))
+        shown.append(Section(title="People", blocks=(table(people),)))
     return Page(
         title=title,
         subtitle=subtitle,
         facts=dict(facts),
         notes=tuple(notes),
-        sections=tuple(sections),
+        sections=tuple(shown),
         methods=methods,
         citations=tuple(citations),
     )

@@ -38,6 +38,7 @@ from brainfm_cli.simulation.trial import (
 )
 from brainfm_cli.simulation.trial import participants as trial_participants
 from brainfm_cli.simulation.truth import Couplings, build_truth
+from brainfm_cli.simulation.viewing import ViewingSettings
 
 if TYPE_CHECKING:
     from brainfm_cli.config import Invocation
@@ -68,9 +69,10 @@ _COLUMNS = {
 class SimulateSettings(Settings):
     """Settings of ``brainfm simulate``."""
 
-    kind: Literal["rest", "drug"] = "rest"
-    """What is simulated: rest (resting-state fMRI of people with and without disorders), or drug (patients of a trial, whose
-    response to treatment is planted in connectivity and in dynamics, and drug-free people); drug is written as series."""
+    kind: Literal["rest", "drug", "viewing"] = "rest"
+    """What is simulated: rest (resting-state fMRI of people with and without disorders), drug (patients of a trial, whose
+    response to treatment is planted in connectivity and in dynamics, and drug-free people; written as series), or viewing (people
+    who see captioned pictures, written as single-trial maps)."""
     level: Literal["raw", "bold", "series"] = "bold"
     """raw writes T1w and BOLD as scanned, bold fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
     participants: int = Field(default=20, ge=1)
@@ -99,6 +101,8 @@ class SimulateSettings(Settings):
     """What is planted in raw images, where nobody has a disorder."""
     trial: TrialSettings = TrialSettings()
     """The trial of kind drug: arms, sites, effects, drug-free people."""
+    viewing: ViewingSettings = ViewingSettings()
+    """Pictures and responses of kind viewing."""
 
     @field_validator("participants")
     @classmethod
@@ -111,6 +115,8 @@ class SimulateSettings(Settings):
     def _trials_are_series(self) -> SimulateSettings:
         if self.kind == "drug" and self.level != "series":
             raise ValueError("kind drug is written as region series only: add --level series")
+        if self.kind == "viewing" and self.level != "bold":
+            raise ValueError("kind viewing is written as single-trial maps: leave --level out")
         return self
 
     @model_validator(mode="after")
@@ -138,6 +144,15 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
 
 
 def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
+    if settings.kind == "viewing":
+        labels = {index: _label(settings, index) for index in _indices(settings)}
+        return [
+            *(
+                Unit(name=f"sub-{label}", inputs=(), work=write_viewing_person, arguments={"root": root, "settings": settings, "index": index})
+                for index, label in labels.items()
+            ),
+            Unit(name="group", inputs=(), work=write_viewing_group, arguments={"root": root, "settings": settings}),
+        ]
     common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
     if settings.level == "series":
         work = write_cohort if settings.kind == "rest" else write_trial
@@ -232,6 +247,25 @@ def write_raw_person(root: Path, settings: SimulateSettings, index: int) -> Unit
         write_text(truth / format_name(coregistration, "xfm", ".txt"), itk_text(head.coregistration[None])),
     )  # fmt: skip
     return UnitResult(outputs=outputs, seed=settings.seed)
+
+
+def write_viewing_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
+    """Write one viewer's single-trial maps."""
+    from brainfm_cli.simulation.viewing_files import write_viewer
+
+    written = write_viewer(
+        root, settings.viewing, label=_label(settings, index), seed=settings.seed, index=index, effect=settings.effect
+    )  # fmt: skip
+    return UnitResult(outputs=tuple(written), seed=settings.seed)
+
+
+def write_viewing_group(root: Path, settings: SimulateSettings) -> UnitResult:
+    """Write pictures, captions, participants and truth of all viewers."""
+    from brainfm_cli.simulation.viewing_files import write_stimuli_and_truth
+
+    labels = {index: _label(settings, index) for index in _indices(settings)}
+    written = write_stimuli_and_truth(root, settings.viewing, labels=labels, seed=settings.seed, effect=settings.effect)
+    return UnitResult(outputs=tuple(written), seed=settings.seed)
 
 
 def write_group(root: Path, settings: SimulateSettings, datasets: Datasets) -> UnitResult:

@@ -18,6 +18,10 @@ __all__ = ["ParcellateSettings", "parcellate"]
 def parcellate(call: Invocation, settings: ParcellateSettings) -> int:
     """Parcellate participants, or pack the finished ones; gives back the exit code."""
     call = call.model_copy(update={"input_dir": call.input_dir.absolute(), "output_dir": call.output_dir.absolute()})
+    if settings.trials:
+        from brainfm_cli.stages.parcellate import trials
+
+        return trials.run(call, settings)
     source = open_source(call.input_dir)
     # An atlas or a participant that does not exist ends the run before anything is written.
     choose_atlases(settings, source, call.datasets)

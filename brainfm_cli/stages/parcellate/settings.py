@@ -8,9 +8,11 @@ from pydantic import Field, field_validator
 
 from brainfm_cli.atlases.catalogue import find_atlas
 from brainfm_cli.bids.codings import LabelTable
+from brainfm_cli.bids.stimuli import StimulusSettings
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import SettingsError
 from brainfm_cli.signals.denoise import Denoising
+from brainfm_cli.signals.single_trial import SingleTrialSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from brainfm_cli.bids.inputs import Source
 
 DEFAULT_ATLASES = ("Schaefer100", "AAL116")
-_OF_GROUP = ("labels", "site_column", "min_frames")
+_OF_GROUP = ("labels", "site_column", "min_frames", "stimuli")
 
 
 class ParcellateSettings(Settings):
@@ -46,6 +48,12 @@ class ParcellateSettings(Settings):
     """Group level: target → dataset → column, classes or continuous, and missing codes. Needed for every target of several datasets."""
     site_column: str | None = None
     """Group level: column of participants.tsv that holds the site."""
+    trials: bool = False
+    """Single-trial responses in a mask, in place of region series (--trials)."""
+    single_trial: SingleTrialSettings = SingleTrialSettings()
+    """With --trials: how responses are estimated, and in which mask."""
+    stimuli: StimulusSettings = StimulusSettings()
+    """With --trials, group level: what was seen."""
 
     @field_validator("atlases", "matrices")
     @classmethod

@@ -1,4 +1,4 @@
-"""pretrain: a foundation model from a packed cohort."""
+"""pretrain: a foundation model from a packed cohort, or further atlases for a finished one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
+from brainfm_cli.errors import UnsupportedStageError
+from brainfm_cli.learning.checkpoints import model_files, source_of_model
 from brainfm_cli.learning.device import choose_device
-from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, pretrain_model
+from brainfm_cli.learning.image_split import ImageSplitSettings
+from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, prepare_addition, pretrain_model
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.reports.training import training_page
-from brainfm_cli.systems import SystemSettings
+from brainfm_cli.stages.pretrain.voxels import pretrain_voxels
+from brainfm_cli.systems import SystemSettings, read_system_settings
+from brainfm_cli.systems.brain_caption import BrainCaptionSettings
+from brainfm_cli.systems.brain_graph import BrainGraphSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from brainfm_cli.config import Execution, Invocation
     from brainfm_cli.learning.loop import TrainingResult
     from brainfm_cli.learning.pretraining import Prepared
+    from brainfm_cli.systems.drug_response import DrugResponseSettings
+
+    Factory = BrainGraphSettings | DrugResponseSettings
 
 
 class PretrainSettings(PretrainingSettings):
@@ -32,63 +42,108 @@ class PretrainSettings(PretrainingSettings):
 
     system: SystemSettings
     """Which system, its size and its losses; ``kind`` is required (--system)."""
+    split: ImageSplitSettings = ImageSplitSettings()
+    """For brain-caption: which pictures train, choose the epoch and test, for this model and all that start from it."""
 
 
-def pretrain(call: Invocation, settings: PretrainSettings) -> int:
+class AddAtlasSettings(PretrainingSettings):
+    """Settings of ``brainfm pretrain --model``: atlases of the cohort that the model does not know are added to it.
+
+    Their tokens, region identities, prompts and decoder columns are learnt with the model's own losses; all else stays frozen.
+    """
+
+
+def pretrain(call: Invocation) -> int:
     """Train and write ``models/<id>``; gives back the exit code."""
     choose_device(call.execution.device)
+    if call.model is not None:
+        return _pretrain_regions(call, AddAtlasSettings.read(call.config, call.overrides), _extensible(call.model), call.model)
+    settings = PretrainSettings.read(call.config, call.overrides)
+    if isinstance(settings.system, BrainCaptionSettings):
+        return pretrain_voxels(call, settings.system, settings, settings.split, _citation(settings.system))
+    return _pretrain_regions(call, settings, settings.system, None)
+
+
+def _extensible(model: Path) -> BrainGraphSettings:
+    factory = read_system_settings(model)
+    if not isinstance(factory, BrainGraphSettings):
+        raise UnsupportedStageError(
+            f"a {factory.kind} model reads every atlas with centres: none is added", where=model, fix="use it as it is"
+        )
+    return factory
+
+
+def _pretrain_regions(call: Invocation, settings: PretrainingSettings, factory: Factory, base: Path | None) -> int:
     cohort = Cohort.open(call.input_dir)
     settings = settings.model_copy(update={"atlases": atlas_labels(settings.atlases, cohort.atlases, call.datasets)})
     participants = select_participants(cohort, settings.where, call.selection.participant_label)
     if call.dry_run:
-        _print_plan(prepare(settings.system, settings, cohort, participants), settings)
+        _print_plan(_prepared(factory, settings, cohort, participants, base), settings, factory.kind)
         return 0
-    dataset = OutputDataset.open(
-        call.output_dir, command="pretrain", settings=settings, sources=[call.input_dir], citation=_citation(settings)
-    )
-    folder = dataset.root / "models" / f"{settings.system.kind}-{dataset.configuration_hash[:8]}"
+    sources = [call.input_dir, *([] if base is None else [source_of_model(base)])]
+    dataset = OutputDataset.open(call.output_dir, command="pretrain", settings=settings, sources=sources, citation=_citation(factory))
+    folder = dataset.root / "models" / f"{factory.kind}-{dataset.configuration_hash[:8]}"
     arguments = {
         "cohort_dir": cohort.root,
         "folder": folder,
+        "factory": factory,
         "settings": settings,
         "execution": call.execution,
         "participants": tuple(participants),
+        "base": base,
     }
-    unit = Unit(name=f"model-{folder.name}", inputs=cohort.files, work=write_model, arguments=arguments)
+    inputs = (*cohort.files, *(() if base is None else model_files(base)))
+    unit = Unit(name=f"model-{folder.name}", inputs=inputs, work=write_model, arguments=arguments)
     code = run_units(dataset, [unit], call.execution)
     if code == 0:  # only now: until the record is written, a killed run must be able to go on
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return code
 
 
+def _prepared(factory: Factory, settings: PretrainingSettings, cohort: Cohort, participants: Sequence[str], base: Path | None) -> Prepared:
+    return (
+        prepare(factory, settings, cohort, participants)
+        if base is None
+        else prepare_addition(factory, settings, cohort, participants, base)
+    )
+
+
 def write_model(
-    cohort_dir: Path, folder: Path, settings: PretrainSettings, execution: Execution, participants: tuple[str, ...]
+    cohort_dir: Path,
+    folder: Path,
+    factory: Factory,
+    settings: PretrainingSettings,
+    execution: Execution,
+    participants: tuple[str, ...],
+    base: Path | None,
 ) -> UnitResult:
-    """Pretrain on ``participants`` and write the model folder with its card and report."""
+    """Pretrain on ``participants``, or add atlases to ``base``, and write the model folder with its card and report."""
     cohort = Cohort.open(cohort_dir)
-    prepared = prepare(settings.system, settings, cohort, participants)
+    prepared = _prepared(factory, settings, cohort, participants, base)
     result, files = pretrain_model(prepared, settings, execution, folder)
     if not result.is_first_rank:
         return UnitResult(outputs=(), seed=settings.seed)
     outputs = (
         *files,
-        write_text(folder / "README.md", model_card(folder.name, prepared, settings, result)),
-        write_text(folder / "report.html", _report(folder.name, prepared, settings, result)),
+        write_text(folder / "README.md", model_card(folder.name, prepared, settings, result, factory.kind)),
+        write_text(folder / "report.html", _report(folder.name, prepared, result, factory)),
     )
     return UnitResult(outputs=outputs, seed=settings.seed)
 
 
-def model_card(name: str, prepared: Prepared, settings: PretrainSettings, result: TrainingResult) -> str:
+def model_card(name: str, prepared: Prepared, settings: PretrainingSettings, result: TrainingResult, kind: str) -> str:
     """README.md of the model folder."""
     index = prepared.source.cohort.index
     datasets = ", ".join(sorted(set(index.loc[index["participant"].isin(prepared.training), "dataset"].astype(str))))
     lines = [
         f"# {name}",
         "",
-        f"A `{settings.system.kind}` model, pretrained without labels by `brainfm pretrain`.",
+        f"A `{kind}` model, pretrained without labels by `brainfm pretrain`."
+        + ("" if prepared.base is None else f" Atlases were added to {prepared.base.name}, whose weights are unchanged."),
         "",
         f"* Parameters: {_parameters(prepared):,}",
-        f"* Atlases: {', '.join(prepared.atlases)}",
+        f"* Atlases: {', '.join(sorted(prepared.config.atlases))}"
+        + ("" if prepared.base is None else f"; added: {', '.join(prepared.atlases)}"),
         f"* Trained on {len(prepared.training)} people ({len(prepared.source.scans)} scans) of: {datasets}",
         f"* Epoch chosen on {len(prepared.validation)} other people: {result.position.best_epoch}, loss {result.position.best_loss}",
         f"* Optimiser steps: {result.position.step}; seed {settings.seed}",
@@ -103,14 +158,14 @@ def model_card(name: str, prepared: Prepared, settings: PretrainSettings, result
     return "\n".join(lines) + "\n"
 
 
-def _citation(settings: PretrainSettings) -> str:
+def _citation(factory: Factory | BrainCaptionSettings) -> str:
     return (
         "# How this was made\n\nPretrained with `brainfm pretrain`. Cite brainfm (CITATION.cff) and, "
-        f"for {settings.system.kind} models, {settings.system.credits.follows}\n"
+        f"for {factory.kind} models, {factory.credits.follows}\n"
     )
 
 
-def _report(name: str, prepared: Prepared, settings: PretrainSettings, result: TrainingResult) -> str:
+def _report(name: str, prepared: Prepared, result: TrainingResult, factory: Factory) -> str:
     position = result.position
     facts = {
         "People": str(len(prepared.training)),
@@ -126,12 +181,12 @@ def _report(name: str, prepared: Prepared, settings: PretrainSettings, result: T
     page = training_page(
         result.log,
         title=f"Pretraining of {name}",
-        subtitle=f"brainfm pretrain, {settings.system.kind}, {', '.join(prepared.atlases)}",
+        subtitle=f"brainfm pretrain, {factory.kind}, {', '.join(prepared.atlases)}",
         facts=facts,
         notes=notes,
         people=_people(prepared),
-        methods=settings.system.credits.methods,
-        citations=(settings.system.credits.citation,),
+        methods=factory.credits.methods,
+        citations=(factory.credits.citation,),
     )
     return page.render()
 
@@ -151,14 +206,14 @@ def _parameters(prepared: Prepared) -> int:
     return sum(parameter.numel() for parameter in prepared.system.module.parameters())
 
 
-def _print_plan(prepared: Prepared, settings: PretrainSettings) -> None:
+def _print_plan(prepared: Prepared, settings: PretrainingSettings, kind: str) -> None:
     batches, plan = prepared.source.num_batches, settings.plan
     table = Table("what", "value", box=None)
     weights = _parameters(prepared) * 4 / 1e6
     for what, value in (
         (
             "system",
-            f"{settings.system.kind}, {_parameters(prepared):,} parameters ({weights:.0f} MB; {4 * weights:.0f} MB with gradients and moments)",
+            f"{kind}, {_parameters(prepared):,} parameters ({weights:.0f} MB; {4 * weights:.0f} MB with gradients and moments)",
         ),
         ("people", f"{len(prepared.training)} train, {len(prepared.validation)} choose the epoch"),
         ("scans", f"{len(prepared.source.scans)} train, {len(prepared.source.validation_scans)} choose the epoch"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from brainfm_cli.config import Settings
 from brainfm_cli.errors import InternalError, UsageError
 from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
+from brainfm_cli.learning.joined import DONOR, join
+from brainfm_cli.learning.meta import MetaSettings
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.scores import best_threshold
 from brainfm_cli.learning.splits import inner_folds, participant_hash, people_groups
@@ -29,13 +32,13 @@ from brainfm_cli.learning.tuned import TargetRecord, prepare_inputs, save_tuned,
 from brainfm_cli.learning.tuning import TuningSettings
 from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
+from brainfm_cli.stages.prompt_tune.meta import meta_tune
+from brainfm_cli.stages.prompt_tune.participants import TuneParticipantSettings, tune_participants
 from brainfm_cli.systems import BrainGraph, load_system, read_system_settings
 from brainfm_cli.systems.brain_graph import write_text_readers
 from brainfm_cli.systems.brain_graph_texts import alignable, coupling_readers
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from brainfm_cli.config import Execution, Invocation
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.tuned import Tuning
@@ -60,8 +63,12 @@ class PromptTuneSettings(Settings):
     text: str | None = None
     """What is said of the positive class (or of high values): the name of a disorder in the table that the model was aligned with, or a
     description. The head then reads how much a person shows of it; needs a model of 'brainfm align'."""
+    donor: Path | None = None
+    """A second pretrained model, whose frozen embedding the head reads beside the first one's: a graph encoder beside a series encoder."""
     tuning: TuningSettings = TuningSettings()
     """How prompts and head are fitted."""
+    meta: MetaSettings | None = None
+    """Learn no target but a start for targets with few labels, over the disorders of the target column, e.g. ``meta.exclude=[ADHD]``."""
     seed: int = Field(default=0, ge=0)
     """Seed of the inner folds and of the order of people."""
 
@@ -71,6 +78,8 @@ def prompt_tune(call: Invocation) -> int:
     if call.model is None:
         raise UsageError("prompt-tune needs a model", fix="give --model OUT/models/<id> of 'brainfm pretrain'")
     choose_device(call.execution.device)
+    if read_model_config(call.model).system.get("kind") == "brain-caption":
+        return tune_participants(call, call.model, TuneParticipantSettings.read(call.config, call.overrides))
     return tune_target(call, call.model, PromptTuneSettings.read(call.config, call.overrides))
 
 
@@ -80,6 +89,8 @@ def tune_target(call: Invocation, model: Path, settings: PromptTuneSettings) -> 
     config = read_model_config(model)
     settings = settings.model_copy(update={"atlases": _atlases(cohort, sorted(config.atlases), settings, call)})
     participants = select_participants(cohort, settings.where, call.selection.participant_label)
+    if settings.meta is not None:
+        return meta_tune(call, model, settings, settings.meta, column=settings.target, atlases=settings.atlases, participants=participants)
     target = read_target(cohort, settings.target, settings.coding, participants=participants)
     if call.dry_run:
         _print_plan(model, target, settings)
@@ -95,7 +106,8 @@ def tune_target(call: Invocation, model: Path, settings: PromptTuneSettings) -> 
         "execution": call.execution,
         "participants": target.participants,
     }
-    unit = Unit(name=f"model-{folder.name}", inputs=(*cohort.files, *model_files(model)), work=write_model, arguments=arguments)
+    given = () if settings.donor is None else model_files(settings.donor)
+    unit = Unit(name=f"model-{folder.name}", inputs=(*cohort.files, *model_files(model), *given), work=write_model, arguments=arguments)
     return run_units(dataset, [unit], call.execution)
 
 
@@ -106,6 +118,9 @@ def write_model(
     cohort = Cohort.open(cohort_dir)
     system = load_system(model)
     system.module.to(choose_device(execution.device))
+    if settings.donor is not None:
+        system = join(system, load_system(settings.donor))
+        system.module.to(choose_device(execution.device))
     readers = {} if settings.text is None else _readers(system, model, settings.text)
     if readers and isinstance(system, BrainGraph):
         system = replace(system, text=readers)
@@ -137,6 +152,8 @@ def _readers(system: System, model: Path, text: str) -> dict[str, CouplingReader
 
 def _write(folder: Path, model: Path, target: Target, table: pd.DataFrame, tuning: Tuning, settings: PromptTuneSettings) -> list[Path]:
     weights, *others = copy_backbone(model, folder)
+    donor = settings.donor or model / DONOR  # a model that was tuned before may have one already
+    others += _copy_donor(donor, folder) if donor.is_dir() else []
     record = _record(target, tuning, settings)
     config = read_model_config(model).model_copy(update={"tuning": record.model_dump(mode="json"), "alignment": {}})
     written = [weights, *others, write_text(folder / "config.yaml", config.to_yaml()), *save_tuned(folder, tuning.atlases)]
@@ -154,6 +171,12 @@ def _write(folder: Path, model: Path, target: Target, table: pd.DataFrame, tunin
         write_text(folder / "report.html", page.render()),
         write_json(folder / "provenance.json", _provenance(model, weights, target, table, settings)),
     ]
+
+
+def _copy_donor(donor: Path, folder: Path) -> list[Path]:
+    """The donor beside the model, so that the tuned folder needs no other."""
+    copied = copy_backbone(donor, folder / DONOR)
+    return [*copied, write_text(folder / DONOR / "config.yaml", read_model_config(donor).to_yaml())]
 
 
 def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> TargetRecord:
@@ -175,6 +198,10 @@ def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> Tar
 
 def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame, settings: PromptTuneSettings) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((model / "provenance.json").read_text(encoding="utf-8"))
+    if settings.donor is not None:  # whom the donor has seen, the model has seen
+        seen = json.loads((settings.donor / "provenance.json").read_text(encoding="utf-8"))
+        values |= {name: sorted({*values.get(name, ()), *seen.get(name, ())}) for name in ("pretrained_on", "validated_on", "aligned_on")}
+        values["donor"] = settings.donor.name
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)
     return values | {
         "tuned_on": tuned,

@@ -1,0 +1,111 @@
+"""The Brain Q-Former and what joins it to a frozen language model and to sentence or image vectors (after BLIP-2, Li et al. 2023).
+
+Learned queries attend to one another, and in every second layer to the brain's tokens. Each query becomes one vector in front of
+the language model, of the length that token vectors have; the mean query is contrasted with what was said or seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from brainfm_cli.models.attention import NO_BIAS
+from brainfm_cli.models.graph_encoder import TransformerLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerShape:
+    """Sizes of a Q-Former; BLIP-2's by default."""
+
+    num_queries: int = 32
+    """Queries, and so vectors in front of the language model."""
+    width: int = 768
+    """Length of a query."""
+    num_layers: int = 12
+    """Layers, cross-attention in every second, the first included."""
+    num_heads: int = 12
+    """Attention heads."""
+    dropout: float = 0.0
+    """Share of activations dropped in training."""
+
+
+class CrossAttention(nn.Module):
+    """Pre-norm attention of queries to tokens of another width."""
+
+    def __init__(self, width: int, token_width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.norm, self.token_norm = nn.LayerNorm(width), nn.LayerNorm(token_width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(token_width, 2 * width)
+        self.merge = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """(batch, queries, width) queries with what they found in (batch, tokens, token width)."""
+        batch, count, width = queries.shape
+        heads = (self.num_heads, width // self.num_heads)
+        q = self.query(self.norm(queries)).view(batch, count, *heads).transpose(1, 2)
+        k, v = self.key_value(self.token_norm(tokens)).view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return queries + functional.dropout(self.merge(mixed), self.dropout, training=self.training)
+
+
+class QFormer(nn.Module):
+    """Brain tokens to a fixed number of query vectors."""
+
+    def __init__(self, shape: QFormerShape, token_width: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.queries = nn.Parameter(nn.init.normal_(torch.empty(shape.num_queries, shape.width), std=0.02))
+        self.cross = nn.ModuleDict(
+            {
+                str(layer): CrossAttention(shape.width, token_width, shape.num_heads, shape.dropout)
+                for layer in range(0, shape.num_layers, 2)
+            }
+        )
+        self.layers = nn.ModuleList(
+            TransformerLayer(shape.width, shape.num_heads, 4 * shape.width, shape.dropout, edge_bias=False) for _ in range(shape.num_layers)
+        )
+        self.norm = nn.LayerNorm(shape.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, queries, width) normalised queries from (batch, tokens, token width)."""
+        queries = self.queries.expand(len(tokens), -1, -1)
+        for number, layer in enumerate(self.layers):
+            if str(number) in self.cross:
+                queries = self.cross[str(number)](queries, tokens)
+            queries = layer(queries, NO_BIAS)
+        return self.norm(queries)
+
+
+class BrainBridge(nn.Module):
+    """Q-Former with its two outlets: vectors for a language model, and one vector for contrast."""
+
+    def __init__(self, shape: QFormerShape, *, token_width: int, language_width: int, contrast_width: int, token_norm: float) -> None:
+        super().__init__()
+        self.q_former = QFormer(shape, token_width)
+        self.to_language = nn.Linear(shape.width, language_width)
+        self.to_contrast = nn.Linear(shape.width, contrast_width)
+        # a number that belongs to the language model: kept with the weights
+        self.register_buffer("token_norm", torch.tensor(token_norm))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, queries, language width) vectors as long as token vectors on average, and (batch, contrast width) unit vectors."""
+        queries = self.q_former(tokens)
+        prefix = functional.normalize(self.to_language(queries), dim=-1) * self.token_norm
+        return prefix, functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
+
+
+def same_image_contrast(brains: Tensor, others: Tensor, images: Tensor, *, temperature: float) -> Tensor:
+    """InfoNCE in both directions between (batch, width) unit vectors of brains and of sentences or pictures.
+
+    Rows of the same image (equal ``images`` (batch,) codes) are positives of one another: the target spreads over them evenly.
+    """
+    logits = brains @ others.T / temperature
+    same = (images[:, None] == images[None, :]).to(logits.dtype)
+    target = same / same.sum(dim=1, keepdim=True)
+    forwards = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    backwards = -(target * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
+    return 0.5 * (forwards + backwards)

@@ -1,0 +1,314 @@
+"""A voxel encoder joined to a frozen language model: settings, the module that is trained, its losses, loading and saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from brainfm_cli.config import Frozen
+from brainfm_cli.errors import CheckpointMismatchError
+from brainfm_cli.learning.checkpoints import ViewerRecord, load_weights, read_model_config
+from brainfm_cli.learning.voxel_samples import TrialBatch
+from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
+from brainfm_cli.models.language import TextEncoder, load_text_encoder
+from brainfm_cli.models.q_former import BrainBridge, QFormerShape, same_image_contrast
+from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, cut_voxels
+from brainfm_cli.programs.assets import find_asset, known_assets, locate
+from brainfm_cli.systems.brain_caption.encoder import BrainCaption, BrainCaptionSettings
+
+Q_FORMERS: dict[str, QFormerShape] = {
+    "nano": QFormerShape(num_queries=8, width=64, num_layers=2, num_heads=4),
+    "small": QFormerShape(num_queries=16, width=256, num_layers=4, num_heads=4),
+    "base": QFormerShape(num_queries=16, width=256, num_layers=4, num_heads=4),
+    "large": QFormerShape(),
+}
+_MOST_TOKENS = 40  # of a caption in training
+
+
+class QFormerSettings(Frozen):
+    """Sizes of the Q-Former; unset ones are those of the system's preset."""
+
+    num_queries: int | None = Field(default=None, ge=1)
+    """Queries, and so vectors in front of the language model."""
+    width: int | None = Field(default=None, ge=8)
+    """Length of a query."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Layers, cross-attention in every second."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Attention heads; must divide the width."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of activations dropped in training."""
+
+    def shape(self, preset: str) -> QFormerShape:
+        """The preset's sizes with the overrides."""
+        sizes = {
+            name: getattr(self, name) or getattr(Q_FORMERS[preset], name) for name in ("num_queries", "width", "num_layers", "num_heads")
+        }
+        return QFormerShape(**sizes, dropout=self.dropout)
+
+
+class CaptionFitSettings(Frozen):
+    """How brains and captions are aligned; the first three are the published ablations."""
+
+    pretrained: bool = True
+    """Whether the encoder starts from the pretrained weights; a random one keeps the model's split and scale, and trains from the start."""
+    alignment: bool = True
+    """Whether the mean query is contrasted with sentence (or picture) vectors."""
+    captions_per_image: int | None = Field(default=5, ge=1)
+    """Captions of a picture that training draws from, the first ones; all where unset."""
+    contrast_weight: float = Field(default=0.1, gt=0)
+    """Weight of the contrast beside the language model's loss."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Temperature of the contrast."""
+    contrast_epochs: float = Field(default=0.0, ge=0)
+    """First epochs that train on the contrast alone (BLIP-2's first stage): a hundred times cheaper than epochs through the language model."""
+    encoder_frozen: float = Field(default=0.1, ge=0, le=1)
+    """Share of steps before a pretrained encoder trains too."""
+    encoder_rate: float = Field(default=0.1, ge=0, le=1)
+    """Its learning rate afterwards, as a share."""
+    q_former: QFormerSettings = QFormerSettings()
+    """Sizes of the Q-Former."""
+    judge: Literal["cider", "loss"] = "cider"
+    """What chooses the epoch: CIDEr of captions of validation pictures, or the language model's loss."""
+    judged_images: int = Field(default=32, ge=2)
+    """Validation pictures of each participant that choose the epoch, one trial each."""
+
+
+class CaptionRecord(Frozen):
+    """What config.yaml says of an aligned model (``alignment``)."""
+
+    kind: Literal["captions"] = "captions"
+    """What the model was aligned with."""
+    language_model: str
+    """Name or path of the frozen language model."""
+    language_sha256: str
+    """Hash of its weights."""
+    language_width: int
+    """Length of its token vectors."""
+    text_encoder: str
+    """Name or path of the sentence encoder."""
+    text_encoder_sha256: str
+    """Hash of its weights."""
+    contrast_width: int
+    """Length of the contrasted vectors."""
+    contrast_with: Literal["sentences", "images", "nothing"]
+    """What brains were contrasted with."""
+    split_sha256: str
+    """Hash of the split of pictures."""
+    templates: bool
+    """Whether captions were made from category names."""
+    fit: dict[str, Any]
+    """Settings of the fit."""
+
+
+class CaptionModule(nn.Module):
+    """Everything that is trained in front of the language model, and the scale of the input."""
+
+    def __init__(self, shape: VoxelShape, viewers: Mapping[str, Viewer], bridge: BrainBridge) -> None:
+        super().__init__()
+        self.scale = VoxelScale()
+        self.encoder = VoxelEncoder(shape, {})
+        self.bridge = bridge
+        for name, viewer in sorted(viewers.items()):
+            self.add(name, viewer)
+
+    def add(self, name: str, viewer: Viewer) -> None:
+        """Make room for a participant."""
+        self.scale.add(name, viewer.num_voxels)
+        self.encoder.add(name, viewer)
+
+    def forward(self, participant: str, responses: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors for the language model and unit vectors for contrast, from (batch, voxels) responses as stored."""
+        return self.read(participant, self.scale(participant, responses))
+
+    def read(self, participant: str, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from scaled responses."""
+        encoding = self.encoder(cut_voxels(participant, scaled, self.encoder.real(participant)))
+        return self.bridge(torch.cat([encoding.summary[:, None], encoding.tokens], dim=1))
+
+
+@dataclass(kw_only=True)
+class AlignedCaptioner:
+    """A brain captioner with what is needed to train it and to let it speak."""
+
+    settings: BrainCaptionSettings
+    """Sizes of the encoder."""
+    fit: CaptionFitSettings
+    """How it is, or was, aligned."""
+    viewers: dict[str, ViewerRecord]
+    """Participants that it knows."""
+    model: CaptionModule
+    """The torch module, the language model not included."""
+    language: CausalLanguageModel
+    """The frozen language model."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """Vector that a caption (or a picture, by name) is contrasted with; only for training."""
+    by_image: bool = False
+    """Whether :attr:`targets` are of pictures."""
+    score: Callable[[], float] | None = None
+    """CIDEr of what the model now says of the judged pictures."""
+    _epoch: float = 0.0
+    _language_losses: list[float] = field(default_factory=list)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained."""
+        return self.model
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term."""
+        return {"language": 1.0, "contrast": self.fit.contrast_weight}
+
+    def rate_factor(self, name: str, progress: float) -> float:
+        """A pretrained encoder trains later and slower than the bridge, unless the bridge is frozen, as when a person is added."""
+        alone = not next(self.model.bridge.parameters()).requires_grad
+        if alone or not (self.fit.pretrained and name.startswith("encoder.")):
+            return 1.0
+        return 0.0 if progress < self.fit.encoder_frozen else self.fit.encoder_rate
+
+    def losses(self, batch: TrialBatch, *, epoch: float) -> dict[str, Tensor]:
+        """The language model's loss of one caption per trial, the contrast, and the share of trials told apart in the batch."""
+        validating = epoch == float("inf")
+        self._epoch = self._epoch if validating else epoch
+        self.language.to(batch.responses.device)
+        prefix, brains = self.model(batch.participant, batch.responses)
+        terms: dict[str, Tensor] = {}
+        if self.fit.alignment and self.targets:
+            wanted = batch.names if self.by_image else batch.captions
+            others = torch.stack([self.targets[one] for one in wanted]).to(brains)
+            terms["contrast"] = same_image_contrast(brains, others, batch.images, temperature=self.fit.temperature)
+            found = batch.images[(brains.detach() @ others.T).argmax(dim=1)] == batch.images
+            terms["monitor_told_apart"] = found.float().mean()
+        if not self._contrast_alone:
+            said = self.language.tokens(batch.captions, longest=_MOST_TOKENS).to(prefix.device)
+            terms["language"] = self.language.loss(prefix, said).mean()
+            if validating:
+                self._language_losses.append(float(terms["language"]))
+        return terms
+
+    def judge(self, epoch: int) -> float | None:  # noqa: ARG002  (the state of training says it)
+        """What is smallest in the best epoch: minus CIDEr of validation pictures, or the language model's loss."""
+        seen, self._language_losses = self._language_losses, []
+        if self._contrast_alone:
+            return None
+        if self.score is None or self.fit.judge == "loss":
+            return sum(seen) / max(1, len(seen))
+        was = self.model.training
+        self.model.eval()
+        value = -self.score()
+        self.model.train(was)
+        return value
+
+    @property
+    def _contrast_alone(self) -> bool:
+        return self.fit.alignment and bool(self.targets) and self._epoch < self.fit.contrast_epochs
+
+    @torch.no_grad()
+    def say(self, participant: str, scaled: Tensor, *, beams: int = 1, max_tokens: int = 30) -> tuple[Generated, Tensor]:
+        """What the model says of (batch, voxels) scaled responses, and (batch, contrast width) vectors."""
+        prefix, brains = self.model.read(participant, scaled)
+        return self.language.to(prefix.device).generate(prefix, beams=beams, max_tokens=max_tokens), brains
+
+
+def build_captioner(
+    encoder: BrainCaption, fit: CaptionFitSettings, language: CausalLanguageModel, *, contrast_width: int, seed: int
+) -> AlignedCaptioner:
+    """A new captioner in front of a language model, from a pretrained encoder or, as an ablation, a random one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _module(encoder.settings, fit, encoder.viewers, language, contrast_width)
+        places = {
+            key: value
+            for key, value in encoder.model.state_dict().items()
+            if key.startswith(("encoder.places_", "encoder.real_", "scale."))
+        }
+        if fit.pretrained:
+            places = {key: value for key, value in encoder.model.state_dict().items() if key.startswith(("encoder.", "scale."))}
+        absent, unknown = model.load_state_dict(places, strict=False)
+        if unknown or (fit.pretrained and not all(key.startswith("bridge.") for key in absent)):
+            raise CheckpointMismatchError(
+                f"the pretrained encoder does not fit ({', '.join([*unknown, *absent][:3])})", fix="report this as a bug"
+            )
+    return AlignedCaptioner(settings=encoder.settings, fit=fit, viewers=dict(encoder.viewers), model=model, language=language)
+
+
+def load_captioner(
+    model_dir: Path, *, language_model: str | None = None, device: torch.device | None = None
+) -> tuple[AlignedCaptioner, CaptionRecord]:
+    """The aligned model of a ``models/<id>`` folder with its language model, in evaluation mode.
+
+    ``language_model`` says where the language model now is, if it has moved.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The folder holds no aligned captioner, or the language model is another one.
+    """
+    config = read_model_config(model_dir)
+    if config.system.get("kind") != "brain-caption" or config.alignment.get("kind") != "captions":
+        raise CheckpointMismatchError(
+            "this model says nothing: it was not aligned with captions", where=model_dir, fix="run 'brainfm align' first"
+        )
+    record = CaptionRecord.from_values(config.alignment, where=model_dir / "config.yaml")
+    settings = BrainCaptionSettings.from_values(config.system, where=model_dir / "config.yaml")
+    fit = CaptionFitSettings.from_values(record.fit, where=model_dir / "config.yaml")
+    language = load_language(language_model or record.language_model)
+    if language.fingerprint() != record.language_sha256:
+        raise CheckpointMismatchError(
+            f"the language model '{language.name}' is not the one that the model was aligned with (language_sha256)",
+            where=model_dir,
+            fix=f"give {record.language_model} as it was",
+        )
+    model = _module(settings, fit, config.viewers, language, record.contrast_width)
+    load_weights(model, model_dir / "model.safetensors")
+    model.eval()
+    captioner = AlignedCaptioner(settings=settings, fit=fit, viewers=config.viewers, model=model, language=language)
+    if device is not None:
+        model.to(device)
+        language.to(device)
+    return captioner, record
+
+
+def load_language(name: str) -> CausalLanguageModel:
+    """A language model by asset name or local path."""
+    if any(asset.name == name for asset in known_assets()):
+        return load_language_model(locate(find_asset(name)), name=name)
+    return load_language_model(Path(name))
+
+
+def load_sentences(name: str) -> TextEncoder:
+    """A sentence encoder by asset name, folder or hub name; never another than the one asked for."""
+    if any(asset.name == name for asset in known_assets()):
+        return load_text_encoder(locate(find_asset(name)), name=name)
+    return load_text_encoder(name)
+
+
+def _module(
+    settings: BrainCaptionSettings,
+    fit: CaptionFitSettings,
+    viewers: Mapping[str, ViewerRecord],
+    language: CausalLanguageModel,
+    contrast_width: int,
+) -> CaptionModule:
+    shape = settings.shape
+    bridge = BrainBridge(
+        fit.q_former.shape(settings.preset),
+        token_width=shape.width,
+        language_width=language.width,
+        contrast_width=contrast_width,
+        token_norm=language.token_norm,
+    )
+    return CaptionModule(shape, {name: Viewer(places_mm=torch.zeros(one.voxels, 3)) for name, one in viewers.items()}, bridge)
+
+
+def sentence_targets(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Unit vector of every caption."""
+    unique = sorted(set(captions))
+    return dict(zip(unique, encoder.sentences(unique), strict=True))

@@ -1,0 +1,95 @@
+"""The frozen language model: gradients reach what stands in front of it, and it says what the library says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError
+from brainfm_cli.models.causal_language import CausalLanguageModel, load_language_model
+from tests.models.tiny_language import write_llama
+
+SAID = ["A red dog on a table in the kitchen.", "A cat."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def language(folder: Path) -> CausalLanguageModel:
+    return load_language_model(folder)
+
+
+def test_loss_is_the_library_s_own(folder: Path, language: CausalLanguageModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    prefix = torch.randn(2, 3, language.width)
+    said = language.tokens(SAID)
+    found = language.loss(prefix, said)
+    for place in range(2):
+        ids = said.ids[place][said.valid[place]][None]
+        inputs = torch.cat([prefix[place : place + 1], model.get_input_embeddings()(ids)], dim=1)
+        labels = torch.cat([torch.full((1, 3), -100), ids], dim=1)
+        assert float(found[place]) == pytest.approx(float(model(inputs_embeds=inputs, labels=labels).loss), abs=1e-5)
+    assert said.ids[1, : said.valid[1].sum()].tolist()[-1] == language.end
+
+
+def test_gradients_reach_the_prefix_and_nothing_else(language: CausalLanguageModel) -> None:
+    prefix = torch.randn(2, 3, language.width, requires_grad=True)
+    before = language.fingerprint()
+    language.loss(prefix, language.tokens(SAID)).mean().backward()
+    assert prefix.grad is not None
+    assert (prefix.grad.abs().sum(dim=(1, 2)) > 0).all()
+    assert all(weight.grad is None for weight in language._model.parameters())
+    assert language.fingerprint() == before
+
+
+def test_a_prefix_learns_to_make_the_model_speak(language: CausalLanguageModel) -> None:
+    torch.manual_seed(0)
+    prefix = (0.1 * torch.randn(2, 6, language.width)).requires_grad_()
+    said = language.tokens(SAID)
+    optimiser = torch.optim.Adam([prefix], lr=0.05)
+    for _ in range(400):
+        optimiser.zero_grad()
+        loss = language.loss(prefix, said).mean()
+        loss.backward()
+        optimiser.step()
+    spoken = language.generate(prefix.detach(), max_tokens=20)
+    assert spoken.texts == ("A red dog on a table in the kitchen .", "A cat .")
+    torch.testing.assert_close(spoken.log_probability, -language.loss(prefix.detach(), said), atol=1e-4, rtol=1e-3)
+    assert language.generate(prefix.detach(), beams=3, max_tokens=20).texts == spoken.texts
+
+
+def test_generation_stops_at_the_longest_caption(language: CausalLanguageModel) -> None:
+    torch.manual_seed(3)
+    spoken = language.generate(torch.randn(3, 2, language.width), max_tokens=4)
+    assert len(spoken.texts) == 3
+    assert all(len(text.split()) <= 4 for text in spoken.texts)
+    assert torch.isfinite(spoken.log_probability).all()
+    assert (spoken.log_probability < 0).all()
+
+
+def test_questions_stand_behind_the_vectors(language: CausalLanguageModel) -> None:
+    before = torch.randn(1, 4, language.width)
+    asked = language.chat_prefix(before, "what colour is it ?")
+    again = language.chat_prefix(before, "what is it ?", [("what colour is it ?", "red")])
+    assert again.shape[1] > asked.shape[1]
+    torch.testing.assert_close(asked[:, 1:5], before)  # behind the one word "user"
+
+
+def test_what_is_no_language_model_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(InputNotFoundError):
+        load_language_model(tmp_path / "absent")
+    with pytest.raises(CheckpointMismatchError):
+        load_language_model(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "damaged" / path.name).write_bytes(path.read_bytes()[:100] if path.suffix == ".safetensors" else path.read_bytes())
+    with pytest.raises(CheckpointMismatchError, match="cannot be read"):
+        load_language_model(tmp_path / "damaged")

@@ -1,0 +1,50 @@
+"""Q-Former, its two outlets and the contrast with several positives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from brainfm_cli.models.q_former import BrainBridge, QFormer, QFormerShape, same_image_contrast
+
+TINY = QFormerShape(num_queries=4, width=16, num_layers=3, num_heads=2)
+
+
+def test_every_second_layer_looks_at_the_brain() -> None:
+    former = QFormer(TINY, 24)
+    assert sorted(former.cross) == ["0", "2"]
+    tokens = torch.randn(2, 7, 24)
+    found = former(tokens)
+    assert found.shape == (2, 4, 16)
+    order = torch.randperm(7)  # tokens carry their place themselves
+    torch.testing.assert_close(former(tokens[:, order]), found, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(former(tokens + 1.5 * torch.randn(2, 7, 24)), found, atol=1e-3)
+
+
+def test_prefixes_are_as_long_as_token_vectors() -> None:
+    bridge = BrainBridge(TINY, token_width=24, language_width=40, contrast_width=12, token_norm=3.5)
+    prefix, vector = bridge(torch.randn(5, 7, 24))
+    assert prefix.shape == (5, 4, 40)
+    torch.testing.assert_close(prefix.norm(dim=2), torch.full((5, 4), 3.5))
+    torch.testing.assert_close(vector.norm(dim=1), torch.ones(5))
+
+
+def test_without_repeats_the_contrast_is_cross_entropy() -> None:
+    brains, others = (functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    found = same_image_contrast(brains, others, torch.arange(6), temperature=0.1)
+    logits, own = brains @ others.T / 0.1, torch.arange(6)
+    expected = 0.5 * (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_rows_of_one_image_are_no_negatives() -> None:
+    vector = functional.normalize(torch.randn(1, 8), dim=1)
+    apart = functional.normalize(torch.randn(2, 8), dim=1)
+    brains = torch.cat([vector, vector, apart])
+    images = torch.tensor([0, 0, 1, 2])
+    together = same_image_contrast(brains, brains, images, temperature=0.05)
+    told_apart = same_image_contrast(brains, brains, torch.arange(4), temperature=0.05)
+    assert float(together) == pytest.approx(float(told_apart), rel=0.2)  # the two cannot be told apart either way …
+    worse = same_image_contrast(brains, torch.cat([vector, -vector, apart]), images, temperature=0.05)
+    assert float(worse) > float(together) + 1.0  # … but a positive that lies elsewhere costs

@@ -1,0 +1,234 @@
+"""Brain-caption as a system: masked loss and its floors, the captioner in front of a tiny language model, decoding and floors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brainfm_cli.bids.voxel_cohort import VoxelCohort
+from brainfm_cli.learning.image_split import ImageSplitSettings
+from brainfm_cli.learning.pretraining import PretrainingSettings
+from brainfm_cli.learning.voxel_samples import TrialBatch, TrialBatches, select_trials
+from brainfm_cli.models.causal_language import CausalLanguageModel, load_language_model
+from brainfm_cli.models.language import TextEncoder, load_text_encoder
+from brainfm_cli.systems.brain_caption import BrainCaptionSettings
+from brainfm_cli.systems.brain_caption.aligned import (
+    AlignedCaptioner,
+    CaptionFitSettings,
+    QFormerSettings,
+    build_captioner,
+    sentence_targets,
+)
+from brainfm_cli.systems.brain_caption.decoding import alter, list_viewings, scaled_responses, speak
+from brainfm_cli.systems.brain_caption.encoder import PRESETS
+from brainfm_cli.systems.brain_caption.floors import CaptionBank, fit_ridge, retrieval_ranks
+from brainfm_cli.systems.brain_caption.pretraining import PreparedEncoder, evaluate_encoder, fit_scale, prepare
+from tests.learning.voxel_cohorts import write_cohort
+from tests.models.tiny_language import write_bert, write_llama
+
+NANO = BrainCaptionSettings(kind="brain-caption", preset="nano")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> VoxelCohort:
+    return write_cohort(tmp_path_factory.mktemp("viewers"))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> CausalLanguageModel:
+    return load_language_model(write_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    return load_text_encoder(write_bert(tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture
+def prepared(cohort: VoxelCohort) -> PreparedEncoder:
+    found = prepare(NANO, PretrainingSettings(batch_size=16), ImageSplitSettings(), cohort, ["01", "02"])
+    fit_scale(found.system.model.scale, cohort, found.source.trials)
+    return found
+
+
+def captioner(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder, **fit: object) -> AlignedCaptioner:
+    settings = CaptionFitSettings(q_former=QFormerSettings(num_queries=4, width=32, num_layers=2, num_heads=2), **fit)  # type: ignore[arg-type]
+    made = build_captioner(prepared.system, settings, language, contrast_width=sentences.width, seed=0)
+    made.targets = sentence_targets(sentences, [text for one in prepared.source.cohort.stimuli.values() for text in one.captions])
+    return made
+
+
+def first_batch(source: TrialBatches, epoch: int = 0) -> TrialBatch:
+    return source.training(epoch, rank=0, world_size=1)[0]
+
+
+def test_presets_have_the_published_sizes() -> None:
+    assert (PRESETS["large"].width, PRESETS["large"].num_layers, PRESETS["large"].num_heads) == (1024, 24, 16)
+    assert (PRESETS["large"].decoder_width, PRESETS["large"].decoder_layers, PRESETS["large"].mlp_ratio) == (512, 8, 1.0)
+    assert NANO.shape.width == 64
+
+
+def test_targets_are_z_scores_and_predict_zero_is_their_variance(prepared: PreparedEncoder) -> None:
+    terms = prepared.system.losses(first_batch(prepared.source), epoch=0.0)
+    assert float(terms["monitor_predict_zero"]) == pytest.approx(1.0, abs=0.15)
+    again = prepared.system.losses(first_batch(prepared.source), epoch=0.0)
+    assert float(terms["patch"]) == float(again["patch"])  # masks depend on the trial and the epoch alone
+
+
+def test_pretraining_beats_its_floors(prepared: PreparedEncoder) -> None:
+    torch.manual_seed(0)
+    optimiser = torch.optim.AdamW(prepared.system.module.parameters(), lr=3e-3)
+    for epoch in range(60):
+        data = prepared.source.training(epoch, rank=0, world_size=1)
+        for place in range(len(data)):
+            optimiser.zero_grad()
+            prepared.system.losses(data[place], epoch=epoch)["patch"].backward()
+            optimiser.step()
+    prepared.system.model.eval()
+    table = evaluate_encoder(prepared, PretrainingSettings(batch_size=16))
+    assert list(table["participant"]) == ["01", "02"]
+    assert (table["model"] < 0.97 * table["predict zero"]).all()
+    assert (table["model"] < table["mean of neighbours"]).all()
+    assert (table["correlation"] > 0.1).all()
+
+
+def test_the_encoder_s_weights_are_taken_over(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    made = captioner(prepared, language, sentences)
+    own, given = made.model.state_dict(), prepared.system.model.state_dict()
+    assert all(torch.equal(own[name], given[name]) for name in own if not name.startswith("bridge."))
+    fresh = captioner(prepared, language, sentences, pretrained=False).model.state_dict()
+    assert not torch.equal(fresh["encoder.patch.weight"], given["encoder.patch.weight"])
+    assert all(torch.equal(fresh[name], given[name]) for name in fresh if name.startswith(("scale.", "encoder.places_")))
+
+
+def test_the_encoder_starts_late_and_slow(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    made = captioner(prepared, language, sentences)
+    assert [made.rate_factor("encoder.patch.weight", progress) for progress in (0.0, 0.09, 0.11)] == [0.0, 0.0, 0.1]
+    assert made.rate_factor("bridge.to_language.weight", 0.0) == 1.0
+    assert captioner(prepared, language, sentences, pretrained=False).rate_factor("encoder.patch.weight", 0.0) == 1.0
+
+
+def test_losses_by_phase_and_ablation(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    batch = first_batch(prepared.source)
+    staged = captioner(prepared, language, sentences, contrast_epochs=2.0)
+    assert "language" not in staged.losses(batch, epoch=1.9)
+    assert staged.judge(1) is None
+    assert {"language", "contrast"} <= set(staged.losses(batch, epoch=2.0))
+    staged.losses(batch, epoch=float("inf"))
+    assert staged.judge(2) is not None
+    plain = captioner(prepared, language, sentences, alignment=False, contrast_epochs=2.0)
+    assert set(plain.losses(batch, epoch=0.0)) == {"language"}
+
+
+def test_the_language_model_is_in_no_state(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    made = captioner(prepared, language, sentences)
+    before = language.fingerprint()
+    terms = made.losses(first_batch(prepared.source), epoch=0.0)
+    (terms["language"] + terms["contrast"]).backward()
+    torch.optim.AdamW(made.module.parameters(), lr=0.1).step()
+    assert language.fingerprint() == before
+    assert all(name.startswith(("scale.", "encoder.", "bridge.")) for name in made.module.state_dict())
+    grown = [name for name, weight in made.module.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0]
+    assert any(name.startswith("encoder.first.") for name in grown)
+
+
+def test_one_batch_can_be_learnt_by_heart(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    made = captioner(prepared, language, sentences, pretrained=False)
+    batch = first_batch(prepared.source)
+    optimiser = torch.optim.AdamW(made.module.parameters(), lr=5e-3, weight_decay=0.0)
+    made.model.train()
+    for _ in range(200):
+        optimiser.zero_grad()
+        terms = made.losses(batch, epoch=0.0)
+        (terms["language"] + 0.1 * terms["contrast"]).backward()
+        optimiser.step()
+    assert float(terms["language"]) < 0.3
+    assert float(terms["monitor_told_apart"]) > 0.9
+    made.model.eval()
+    said, _ = made.say(batch.participant, made.model.scale(batch.participant, batch.responses), max_tokens=24)
+    right = [text.replace(" .", ".") == caption for text, caption in zip(said.texts, batch.captions, strict=True)]
+    assert np.mean(right) > 0.8
+    # without the brain there is one sentence for all
+    silent, _ = made.say(batch.participant, torch.zeros_like(batch.responses), max_tokens=24)
+    assert len(set(silent.texts)) == 1
+
+
+def test_viewings_average_repeats(prepared: PreparedEncoder, cohort: VoxelCohort) -> None:
+    (trials,) = select_trials(cohort, prepared.split, ["01"], "test")
+    averaged, single = list_viewings(trials, "repeats"), list_viewings(trials, "none")
+    assert len(single) == 2 * len(averaged)
+    scale = prepared.system.model.scale
+    both = scaled_responses(scale, cohort, [one for one in single if one.name == averaged[0].name])
+    torch.testing.assert_close(scaled_responses(scale, cohort, averaged[:1])[0], both.mean(0))
+
+
+def test_taking_the_brain_away(
+    prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder, cohort: VoxelCohort
+) -> None:
+    scaled = torch.randn(3, 70)
+    assert not alter(scaled, "zeroed", 0).any()
+    shuffled = alter(scaled, "shuffled", 0)
+    assert not torch.equal(shuffled, scaled)
+    torch.testing.assert_close(shuffled.sort(dim=1).values, scaled.sort(dim=1).values)
+    made = captioner(prepared, language, sentences)
+    made.model.eval()
+    (trials,) = select_trials(cohort, prepared.split, ["01"], "test")
+    viewings = list_viewings(trials, "repeats")
+    spoken = speak(made, cohort, viewings, max_tokens=6)
+    assert [one.viewing for one in spoken] == viewings
+    small = speak(made, cohort, viewings, max_tokens=6, batch_size=3)
+    assert [one.caption for one in small] == [one.caption for one in spoken]
+    assert len({one.caption for one in speak(made, cohort, viewings, altered="zeroed", max_tokens=6)}) == 1
+
+
+def test_ridge_is_scikit_learn_s(prepared: PreparedEncoder, cohort: VoxelCohort, sentences: TextEncoder) -> None:
+    from sklearn.linear_model import Ridge
+
+    captions = {name: one.captions for name, one in cohort.stimuli.items()}
+    targets = sentence_targets(sentences, [text for said in captions.values() for text in said])
+    train, held = (select_trials(cohort, prepared.split, ["01"], role)[0] for role in ("train", "validation"))
+    scale = prepared.system.model.scale
+    ridge = fit_ridge(scale, cohort, train, held, captions, targets)
+    x = scaled_responses(scale, cohort, list_viewings(train, "repeats")).double()
+    values = torch.linalg.eigvalsh(x @ x.T).clamp_min(0)
+    from brainfm_cli.systems.brain_caption.floors import picture_vectors
+
+    y = picture_vectors([one.name for one in list_viewings(train, "repeats")], captions, targets).double()
+    oracle = Ridge(alpha=float(ridge.penalty * values.mean()), fit_intercept=False).fit(x.numpy(), (y - y.mean(0)).numpy())
+    other = scaled_responses(scale, cohort, list_viewings(held, "repeats"))
+    expected = oracle.predict(other.double().numpy()) + y.mean(0).numpy()
+    np.testing.assert_allclose(ridge.predict(other).numpy(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_ranks_and_nearest_captions() -> None:
+    pictures = torch.eye(3)
+    ranks = retrieval_ranks(torch.tensor([[1.0, 0.2, 0.1], [1.0, 0.9, 0.0], [1.0, 1.0, 1.0]]), pictures, [0, 1, 2])
+    assert ranks.tolist() == [1.0, 2.0, 2.0]
+    bank = CaptionBank(captions=("a", "b", "c"), vectors=pictures)
+    assert bank.nearest(torch.tensor([[0.0, 3.0, 1.0]]))[0][0] == "b"
+    assert bank.nearest(torch.tensor([[0.0, 3.0, 4.0]]))[0][1] == pytest.approx(0.8)
+
+
+def test_vectors_of_pictures(tmp_path: Path, cohort: VoxelCohort) -> None:
+    from brainfm_cli.errors import InputNotFoundError, UsageError
+    from brainfm_cli.simulation import viewing_scenes as grammar
+    from brainfm_cli.systems.brain_caption.pictures import read_picture_vectors
+    from tests.models.tiny_language import write_vit
+
+    vit = write_vit(tmp_path / "vit")
+    with pytest.raises(UsageError, match="needs the pictures"):
+        read_picture_vectors(vit, None, cohort)
+    with pytest.raises(InputNotFoundError, match="picture is absent"):
+        read_picture_vectors(vit, tmp_path, cohort)
+    for name in cohort.stimuli:
+        scene = grammar.all_scenes()[int(name.removeprefix("scene"))]
+        (tmp_path / f"{name}.png").write_bytes(grammar.draw_picture(scene, 32))
+    vectors = read_picture_vectors(vit, tmp_path, cohort)
+    assert set(vectors) == set(cohort.stimuli)
+    assert len({tuple(np.round(vector.numpy(), 5)) for vector in vectors.values()}) > 0.9 * len(vectors)
+    table = tmp_path / "vectors.tsv"
+    table.write_text("name\ta\tb\n" + "".join(f"{name}\t3\t4\n" for name in cohort.stimuli))
+    assert next(iter(read_picture_vectors(table, None, cohort).values())).tolist() == pytest.approx([0.6, 0.8])
