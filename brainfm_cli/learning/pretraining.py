@@ -5,8 +5,9 @@ The same people, settings and seed give the same weights, whether the run was ki
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +19,11 @@ from torch.utils.data import Dataset
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Execution, Settings
-from brainfm_cli.errors import InputDatasetError
-from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, write_tensors
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, UsageError
+from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, read_model_config, shared_atlases, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
 from brainfm_cli.learning.samples import (
+    BatchPlan,
     PretrainBatch,
     PretrainSamples,
     Scan,
@@ -146,27 +148,36 @@ class CohortBatches:
     """How long windows are."""
     cross_atlas: float
     """Share of batches with a view in another atlas."""
+    atlases: tuple[str, ...] = ()
+    """Atlases that have batches; all of the scans' where empty."""
 
     @cached_property
     def num_batches(self) -> int:
         """Batches per epoch."""
-        return len(plan_epoch(self.scans, batch_size=self.batch_size, seed=self.seed, epoch=0, shuffle=False))
+        return len(self._plans(self.scans, 0, shuffle=False))
 
     def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[PretrainBatch]:
         """One epoch of this rank's batches."""
-        plans = plan_epoch(self.scans, batch_size=self.batch_size, seed=self.seed, epoch=epoch, cross_atlas=self.cross_atlas)
-        return self._samples(self.scans, plans, rank, world_size)
+        return self._samples(self.scans, self._plans(self.scans, epoch, shuffle=True), rank, world_size)
 
     def validation(self, *, rank: int, world_size: int) -> Dataset[PretrainBatch] | None:
         """The same batches, windows and masks in every epoch."""
         if not self.validation_scans:
             return None
-        plans = plan_epoch(
-            self.validation_scans, batch_size=self.batch_size, seed=self.seed, epoch=0, cross_atlas=self.cross_atlas, shuffle=False
-        )
-        return self._samples(self.validation_scans, plans, rank, world_size)
+        return self._samples(self.validation_scans, self._plans(self.validation_scans, 0, shuffle=False), rank, world_size)
 
-    def _samples(self, scans: Sequence[Scan], plans: Sequence[Any], rank: int, world_size: int) -> PretrainSamples:
+    def _plans(self, scans: Sequence[Scan], epoch: int, *, shuffle: bool) -> list[BatchPlan]:
+        return plan_epoch(
+            scans,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            cross_atlas=self.cross_atlas,
+            shuffle=shuffle,
+            atlases=self.atlases,
+        )
+
+    def _samples(self, scans: Sequence[Scan], plans: Sequence[BatchPlan], rank: int, world_size: int) -> PretrainSamples:
         mine = [shard(plan, rank=rank, world_size=world_size) for plan in plans]
         return PretrainSamples(self.cohort, scans, mine, seed=self.seed, rule=self.rule)
 
@@ -186,7 +197,9 @@ class Prepared:
     validation: tuple[str, ...]
     """People who choose the epoch."""
     atlases: tuple[str, ...]
-    """Atlas labels."""
+    """Labels of the atlases that are learnt."""
+    base: Path | None = None
+    """The finished model that atlases are added to; none where everything is learnt."""
 
 
 def prepare(factory: SystemFactory, settings: PretrainingSettings, cohort: Cohort, participants: Sequence[str]) -> Prepared:
@@ -228,6 +241,56 @@ def prepare(factory: SystemFactory, settings: PretrainingSettings, cohort: Cohor
     )
 
 
+def new_atlases(settings: PretrainingSettings, cohort: Cohort, base: Path) -> tuple[str, ...]:
+    """Labels of the cohort's atlases that a finished model can be taught.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The model was aligned or tuned already, or one of its atlases has other regions here.
+    UsageError
+        The model knows every atlas asked for.
+    """
+    config = read_model_config(base)
+    if config.tuning or config.alignment:
+        raise CheckpointMismatchError(
+            "atlases are added to a model before it is aligned or tuned", where=base, fix="give the folder that 'brainfm pretrain' wrote"
+        )
+    added = tuple(label for label in cohort.choose_atlases(settings.atlases) if label not in config.atlases)
+    if not added:
+        raise UsageError(
+            f"the model knows every atlas asked for ({', '.join(cohort.choose_atlases(settings.atlases))})",
+            fix="parcellate with another atlas, or use the model as it is",
+        )
+    return added
+
+
+def prepare_addition(
+    factory: SystemFactory, settings: PretrainingSettings, cohort: Cohort, participants: Sequence[str], base: Path
+) -> Prepared:
+    """A finished model with atlases of the cohort that it does not know yet, their parameters alone left to train.
+
+    Raises as :func:`new_atlases` and :func:`prepare` do.
+    """
+    added, config = new_atlases(settings, cohort, base), read_model_config(base)
+    known = shared_atlases(config.atlases, cohort)
+    prepared = prepare(factory, settings.model_copy(update={"atlases": (*added, *known)}), cohort, participants)
+    records = {**config.atlases, **{label: prepared.config.atlases[label] for label in added}}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        system = factory.build(records)
+    system.adopt(base, added)
+    own = {name: value for name, value in settings.model_dump(mode="json").items() if name in PretrainingSettings.model_fields}
+    return replace(
+        prepared,
+        system=system,
+        config=config.model_copy(update={"atlases": records, "added": [*config.added, own | {"atlases": list(added)}]}),
+        source=replace(prepared.source, atlases=added, cross_atlas=system.cross_atlas_probability if known else 0.0),
+        atlases=added,
+        base=base,
+    )
+
+
 def pretrain_model(
     prepared: Prepared, settings: PretrainingSettings, execution: Execution, folder: Path
 ) -> tuple[TrainingResult, list[Path]]:
@@ -238,8 +301,8 @@ def pretrain_model(
     checkpoints = folder / "checkpoints"
     normalisation = folder / "normalisation.json"
     if newest_state(checkpoints) is None or not normalisation.is_file():
-        summary = prepared.system.fit_normalisation(_whole(prepared))
-        write_json(normalisation, summary)
+        before = {} if prepared.base is None else _read_json(prepared.base / normalisation.name)
+        write_json(normalisation, before | prepared.system.fit_normalisation(_whole(prepared)))
     result = train(prepared.system, prepared.source, settings.plan, execution, checkpoints)
     prepared.system.module.load_state_dict(result.weights)
     prepared.system.module.eval()
@@ -269,6 +332,11 @@ def _whole(prepared: Prepared) -> Iterator[Windows]:
             yield whole_scans(prepared.source.cohort, scans[start : start + _NORMALISATION_BATCH], label)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values
+
+
 def _provenance(prepared: Prepared, settings: PretrainingSettings, result: TrainingResult) -> dict[str, Any]:
     datasets = prepared.source.cohort.dataset_of
 
@@ -276,11 +344,13 @@ def _provenance(prepared: Prepared, settings: PretrainingSettings, result: Train
         return sorted(participant_hash(datasets[key], key) for key in people)
 
     position = result.position
+    before = {} if prepared.base is None else _read_json(prepared.base / "provenance.json")
     return {
-        "pretrained_on": hashes(prepared.training),
-        "validated_on": hashes(prepared.validation),
-        "datasets": sorted({datasets[key] for key in (*prepared.training, *prepared.validation)}),
-        "atlases": list(prepared.atlases),
+        "pretrained_on": sorted({*before.get("pretrained_on", ()), *hashes(prepared.training)}),
+        "validated_on": sorted({*before.get("validated_on", ()), *hashes(prepared.validation)}),
+        "datasets": sorted({*before.get("datasets", ()), *(datasets[key] for key in (*prepared.training, *prepared.validation))}),
+        "atlases": sorted(prepared.config.atlases),
+        **({} if prepared.base is None else {"added_to": prepared.base.name, "added": list(prepared.atlases)}),
         "scans": len(prepared.source.scans),
         "seed": settings.seed,
         "steps": position.step,

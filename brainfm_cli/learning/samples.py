@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -212,11 +212,21 @@ def hold_out(participants: Sequence[str], fraction: float, *, seed: int) -> tupl
 
 
 def plan_epoch(
-    scans: Sequence[Scan], *, batch_size: int, seed: int, epoch: int, cross_atlas: float = 0.0, shuffle: bool = True
+    scans: Sequence[Scan],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    cross_atlas: float = 0.0,
+    shuffle: bool = True,
+    atlases: Collection[str] = (),
 ) -> list[BatchPlan]:
-    """The batches of one epoch: every scan once in each of its atlases, batches of near-equal size, in random order."""
+    """The batches of one epoch: every scan once in each of its atlases, batches of near-equal size, in random order.
+
+    Where ``atlases`` are given, only these have batches; the others give views across atlases alone.
+    """
     plans = []
-    labels = sorted({label for scan in scans for label in scan.rows})
+    labels = sorted({label for scan in scans for label in scan.rows if not atlases or label in atlases})
     for number, label in enumerate(labels):
         members = np.array([place for place, scan in enumerate(scans) if label in scan.rows])
         if shuffle:

@@ -44,9 +44,9 @@ class TuningSettings(Frozen):
     """Pull of the prompts towards their pretrained state, per step, as a share of the learning rate."""
     inner_folds: int = Field(default=3, ge=2)
     """Folds of the people tuned on, for everything that is chosen; predict group uses its design's inner folds instead."""
-    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log", "text")
+    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log", "text", "meta", "donor")
     """What the head may read: the prompted embedding; connectivity (Fisher z) and its logarithm, of regions and of groups; how much a person
-    shows of what a text says of the target, for a model aligned with texts."""
+    shows of what a text says of the target, for a model aligned with texts; what a meta-learned start says before it is tuned; the embedding of a second frozen model, where one was given."""
     balanced: bool = True
     """Whether every class weighs the same in the fit; probabilities follow the classes' own frequencies either way."""
 
@@ -183,7 +183,7 @@ def embed(system: Tunable, inputs: AtlasInputs, prompt: Mapping[str, Tensor], *,
         module = system.new_prompt(inputs.atlas)
         module.load_state_dict(dict(prompt))
         rows = torch.arange(len(inputs.owner))
-        found = inputs.average(torch.cat([system.read(_rows(inputs.graphs, part), module) for part in rows.split(batch_size)]))
+        found = inputs.average(torch.cat([system.read(select_rows(inputs.graphs, part), module) for part in rows.split(batch_size)]))
         while len(inputs.embedded) >= _KEPT:
             del inputs.embedded[next(iter(inputs.embedded))]
         inputs.embedded[key] = (system.module, found)  # the backbone is kept too, so that its id stays its own
@@ -229,7 +229,9 @@ def _tune_prompt(
         return states, ()
     device = next(system.module.parameters()).device
     with torch.no_grad():
-        start = torch.cat([system.read(_rows(inputs.graphs, part), prompt) for part in torch.from_numpy(rows).split(settings.batch_size)])
+        start = torch.cat(
+            [system.read(select_rows(inputs.graphs, part), prompt) for part in torch.from_numpy(rows).split(settings.batch_size)]
+        )
     centre, spread = start.mean(0), start.std(0).clamp_min(1e-6)
     targets, weights = _targets(outcome)
     probe = _ridge_probe((start - centre) / spread, targets[label_rows].to(device), weights[label_rows].to(device))
@@ -245,7 +247,7 @@ def _tune_prompt(
         parts = np.array_split(shuffle.permutation(len(rows)), -(-len(rows) // settings.batch_size))
         total = 0.0
         for part in parts:
-            embedding = (system.read(_rows(inputs.graphs, torch.from_numpy(rows[part])), prompt) - centre) / spread
+            embedding = (system.read(select_rows(inputs.graphs, torch.from_numpy(rows[part])), prompt) - centre) / spread
             loss = _loss(probe(embedding), targets[label_rows[part]].to(device), weights[label_rows[part]].to(device), outcome.num_classes)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -299,6 +301,7 @@ def _joined(records: Sequence[Any]) -> Any:  # noqa: ANN401  (any frozen record 
     return replace(first, **{name: torch.cat(values) for name, values in tensors.items() if isinstance(values[0], Tensor)})
 
 
-def _rows(record: Any, rows: Tensor) -> Any:  # noqa: ANN401
+def select_rows(record: Any, rows: Tensor) -> Any:  # noqa: ANN401  (any frozen record of tensors)
+    """Some rows of every tensor of a record."""
     tensors = {field.name: getattr(record, field.name) for field in fields(record)}
     return replace(record, **{name: value[rows.to(value.device)] for name, value in tensors.items() if isinstance(value, Tensor)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,10 @@ from brainfm_cli.learning.checkpoints import (
     shared_atlases,
     write_tensors,
 )
+from brainfm_cli.learning.meta import MetaStart, read_starts
 from brainfm_cli.learning.pretraining import Credits
 from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
+from brainfm_cli.models.attention import twice_differentiable
 from brainfm_cli.models.graph_encoder import EncoderShape, Encoding
 from brainfm_cli.models.graph_model import GraphModel
 from brainfm_cli.models.graphs import (
@@ -188,6 +191,8 @@ class BrainGraph:
     """The torch module."""
     text: Mapping[str, CouplingReader] = field(default_factory=dict)
     """What is said of the target, by atlas: one more block for the head; empty where nothing is."""
+    meta: Mapping[str, MetaStart] = field(default_factory=dict)
+    """A meta-learned start for prompts and head, by atlas; empty where there is none."""
 
     @classmethod
     def load(cls, model_dir: Path) -> BrainGraph:
@@ -196,7 +201,7 @@ class BrainGraph:
         system = BrainGraphSettings.from_values(config.system, where=model_dir / "config.yaml").build(config.atlases)
         load_weights(system.model, model_dir / "model.safetensors")
         system.model.eval()
-        return replace(system, text=_read_text(model_dir)) if config.tuning.get("text") else system
+        return replace(system, text=_read_text(model_dir) if config.tuning.get("text") else {}, meta=read_starts(model_dir))
 
     def randomised(self, seed: int) -> BrainGraph:
         """The same model with random weights, the statistics of edges kept; the floor of a frozen encoder."""
@@ -206,6 +211,19 @@ class BrainGraph:
         fresh.model.standardiser.load_state_dict(self.model.standardiser.state_dict())
         fresh.model.eval()
         return replace(fresh, text=self.text)
+
+    def adopt(self, model_dir: Path, added: Collection[str]) -> None:
+        """Take over a pretrained model's weights and freeze them; what belongs to the ``added`` atlases alone is left to train.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            The weights are those of another model.
+        """
+        fresh = {name: value for name, value in self.model.state_dict().items() if _atlas_of(name) in added}
+        load_weights(self.model, model_dir / "model.safetensors", beside=fresh)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in fresh)
 
     @property
     def module(self) -> GraphModel:
@@ -360,8 +378,15 @@ class BrainGraph:
         return vectors, valid
 
     def new_prompt(self, atlas: str) -> TargetPrompt:
-        """A prompt for one target in one atlas, at the pretrained state."""
-        return TargetPrompt(self.model.prompt, self.model.encoder.no_disorder, atlas)
+        """A prompt for one target in one atlas, at the pretrained or the meta-learned state."""
+        prompt = TargetPrompt(self.model.prompt, self.model.encoder.no_disorder, atlas)
+        if atlas in self.meta:
+            prompt.load_state_dict(self.meta[atlas].prompt)
+        return prompt
+
+    def through_gradients(self) -> AbstractContextManager[None]:
+        """Inside, the backbone has second derivatives, for second-order meta-learning."""
+        return twice_differentiable()
 
     @property
     def token_width(self) -> int:
@@ -393,6 +418,9 @@ class BrainGraph:
         blocks = connectivity_blocks(correlation, present, self._groups(windows.atlas))
         if windows.atlas in self.text:
             blocks["text"] = self.text[windows.atlas](correlation, present)[:, None]
+        if windows.atlas in self.meta:
+            embedding = self.read(self.graphs(windows), self.new_prompt(windows.atlas))
+            blocks["meta"] = self.meta[windows.atlas].score(embedding)[:, None]
         return blocks
 
     def _groups(self, atlas: str) -> Tensor | None:
@@ -406,6 +434,12 @@ class BrainGraph:
             return None
         count = round(len(mean) ** 0.5)
         return torch.from_numpy(np.eye(count, dtype=np.float32)[fcluster(ward(mean), count, criterion="maxclust") - 1])
+
+
+def _atlas_of(name: str) -> str:
+    """The atlas that a parameter or a buffer belongs to; else a word that is none."""
+    last = name.rpartition(".")[2]
+    return last.partition("_")[2] if name.startswith("standardiser.") else last
 
 
 def write_text_readers(folder: Path, readers: Mapping[str, CouplingReader]) -> Path:

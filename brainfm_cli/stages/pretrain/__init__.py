@@ -17,7 +17,7 @@ from brainfm_cli.errors import UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.image_split import ImageSplitSettings
-from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, prepare_addition, pretrain_model
+from brainfm_cli.learning.pretraining import PretrainingSettings, new_atlases, prepare, prepare_addition, pretrain_model
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.stages.pretrain.voxels import pretrain_voxels
@@ -77,6 +77,8 @@ def _pretrain_regions(call: Invocation, settings: PretrainingSettings, factory: 
     cohort = Cohort.open(call.input_dir)
     settings = settings.model_copy(update={"atlases": atlas_labels(settings.atlases, cohort.atlases, call.datasets)})
     participants = select_participants(cohort, settings.where, call.selection.participant_label)
+    if base is not None:
+        new_atlases(settings, cohort, base)  # before anything is written
     if call.dry_run:
         _print_plan(_prepared(factory, settings, cohort, participants, base), settings, factory.kind)
         return 0
