@@ -49,7 +49,7 @@ class Forecast:
     """(test people, classes) probabilities, or (test people,) values of a continuous target."""
     train: NDArray[np.float64] | None = None
     """The same for training people, each predicted without their own label (inner folds), NaN rows where not; the
-    decision threshold is chosen on these. None: the likeliest class is decided."""
+    decision threshold and the cuts of strata are chosen on these. None: the likeliest class is decided."""
     choices: dict[str, float | str] = field(default_factory=dict)
     """What was chosen inside the fold, e.g. the penalty."""
 

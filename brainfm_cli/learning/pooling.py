@@ -11,6 +11,7 @@ from brainfm_cli.learning.forecasts import Forecast, Predictor, TrainingFold, ch
 from brainfm_cli.learning.results import Pooled
 from brainfm_cli.learning.scores import best_threshold
 from brainfm_cli.learning.splits import Fold, Split, inner_folds
+from brainfm_cli.learning.stratification import place_among
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,9 +89,12 @@ def _pool(people: Target, split: Split, parts: list[Part]) -> Pooled:
     decided = np.zeros(shape[:2], dtype=np.int64) if people.classes else None
     thresholds: list[float] = []
     rule = "class of highest probability"
+    places = np.full(shape[:2], np.nan)
     for fold, learnt, forecast in parts:
         rows = people.rows(fold.test)
         predicted[fold.repeat - 1, rows] = forecast.test
+        if people.kind != "multiclass" and forecast.train is not None:
+            places[fold.repeat - 1, rows] = place_among(_one(forecast.train), _one(forecast.test))
         if decided is None:
             continue
         decided[fold.repeat - 1, rows] = forecast.test.argmax(1)
@@ -106,7 +110,13 @@ def _pool(people: Target, split: Split, parts: list[Part]) -> Pooled:
         thresholds=tuple(thresholds),
         rule=rule,
         choices=tuple(forecast.choices for _, _, forecast in parts),
+        places=places if np.isfinite(places).all() else None,
     )
+
+
+def _one(predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(people,) probability of the positive of two classes, or the value."""
+    return predicted[:, 1] if predicted.ndim == 2 else predicted
 
 
 def positions(order: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:

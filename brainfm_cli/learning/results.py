@@ -15,6 +15,7 @@ from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.learning.scores import Score
 from brainfm_cli.learning.splits import Split, read_split, write_split
+from brainfm_cli.learning.stratification import Stratification
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,6 +163,8 @@ class Metrics(Frozen):
     """Checks of the evaluation itself."""
     truth: Truth | None = None
     """Best possible scores of simulated data."""
+    stratification: Stratification | None = None
+    """Of a trial: likely, uncertain and unlikely responders, and the patients that a next trial needs."""
     statement: str
     """What the numbers allow and do not allow to say."""
     notes: tuple[str, ...] = ()
@@ -190,6 +193,9 @@ class Pooled:
     """How classes are decided."""
     choices: tuple[dict[str, float | str], ...] = ()
     """Per repetition and fold."""
+    places: NDArray[np.float64] | None = None
+    """(repetitions, people) share of the fold's training people whose held-out prediction is lower; of one class or number
+    only, and none where a predictor tells nothing of its training people. Not written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from brainfm_cli.learning.scores import METRICS
 from brainfm_cli.reports import evaluation_figures as figures
 from brainfm_cli.reports.drawing import listed
 from brainfm_cli.reports.page import Page, Section, heading, paragraph, table
+from brainfm_cli.reports.stratification import stratification_sections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,16 +30,20 @@ _PERMUTATION = (
 )
 
 
-def evaluation_page(result: EvaluationResult, *, title: str, subtitle: str, facts: Mapping[str, str], notes: Sequence[str]) -> Page:
-    """The page of one evaluation; ``notes`` stand above everything, after the transductive warning."""
+def evaluation_page(
+    result: EvaluationResult, *, title: str, subtitle: str, facts: Mapping[str, str], notes: Sequence[str], extra: Sequence[Section] = ()
+) -> Page:
+    """The page of one evaluation; ``notes`` stand above everything, after the transductive warning, ``extra`` before who was where."""
     metrics = result.metrics
     names = headline(metrics)
     sections = [
         _overview(metrics),
         _scores(metrics),
         *_differences(metrics),
+        *stratification_sections(metrics),
         *(_continuous(result, names) if metrics.kind == "continuous" else _categorical(result, names)),
         *_groups(metrics),
+        *extra,
         _split(result),
         _audit(metrics),
         *_choices(metrics),

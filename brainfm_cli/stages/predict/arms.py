@@ -1,9 +1,9 @@
-"""predict group on a randomised trial: whether the model's held-out score says something else under treatment."""
+"""predict group on a randomised trial: whether the model's held-out score says something else under treatment, and what it saves."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from pydantic import Field
 from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError
+from brainfm_cli.learning.stratification import StrataSettings, stratify
 from brainfm_cli.learning.targets import class_text, require_column
 from brainfm_cli.learning.trials import InteractionSettings, interaction
 
@@ -38,6 +39,31 @@ class ArmSettings(Frozen):
     """Columns of numbers that are fitted beside the score, e.g. [age]; nobody may lack one."""
     test: InteractionSettings = InteractionSettings()
     """Bootstraps and level."""
+    strata: StrataSettings = StrataSettings()
+    """Cuts between unlikely, uncertain and likely responders, and the trial that is sized with them."""
+
+
+def with_strata(result: EvaluationResult, table: pd.DataFrame, settings: ArmSettings) -> EvaluationResult:
+    """The result with what became of likely and unlikely responders, and with the sizes of trials that use the score.
+
+    Raises
+    ------
+    InputNotFoundError, InputDatasetError
+        As :func:`write_interaction`, or no training person has a held-out prediction.
+    """
+    people = _people(result, table, settings)
+    first = result.metrics.predictors[0].name
+    places = result.pooled[first].places
+    found = stratify(
+        result.observed,
+        np.full(len(people.arm), np.nan) if places is None else places,
+        _score(result),
+        people.arm,
+        predictor=first,
+        treated=settings.treated,
+        settings=settings.strata,
+    )
+    return replace(result, metrics=result.metrics.model_copy(update={"stratification": found}))
 
 
 def write_interaction(root: Path, result: EvaluationResult, table: pd.DataFrame, settings: ArmSettings) -> Path:
@@ -50,6 +76,35 @@ def write_interaction(root: Path, result: EvaluationResult, table: pd.DataFrame,
     InputDatasetError
         More than two classes, other than two arms, too few patients, or somebody without arm or covariate.
     """
+    people = _people(result, table, settings)
+    metrics = result.metrics
+    found = interaction(
+        result.observed,
+        _score(result),
+        people.arm,
+        treated=settings.treated,
+        covariates=people.covariates,
+        binary=metrics.kind == "binary",
+        settings=settings.test,
+    )
+    return write_json(root / _FILE, {"predictor": metrics.predictors[0].name, **asdict(found), "verdict": found.verdict})
+
+
+def verdict(root: Path) -> tuple[str, ...]:
+    """The sentence for the report; none where no arms were named."""
+    path = root / _FILE
+    return (str(json.loads(path.read_text(encoding="utf-8"))["verdict"]),) if path.is_file() else ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _People:
+    """What is known of the test people of a trial."""
+
+    arm: NDArray[np.str_]
+    covariates: NDArray[np.float64] | None
+
+
+def _people(result: EvaluationResult, table: pd.DataFrame, settings: ArmSettings) -> _People:
     metrics = result.metrics
     if metrics.kind == "multiclass":
         raise InputDatasetError(f"'{metrics.target}' has several classes: no interaction with the arm is defined", fix="leave 'arms' out, or choose two classes")  # fmt: skip
@@ -64,22 +119,7 @@ def write_interaction(root: Path, result: EvaluationResult, table: pd.DataFrame,
             f"{int(lacking.sum())} of {len(rows)} people lack the arm or a covariate, e.g. {rows.index[lacking][0]}",
             fix="leave them out ('where'), or the covariate",
         )
-    found = interaction(
-        result.observed,
-        _score(result),
-        arm,
-        treated=settings.treated,
-        covariates=covariates.to_numpy(float) if settings.covariates else None,
-        binary=metrics.kind == "binary",
-        settings=settings.test,
-    )
-    return write_json(root / _FILE, {"predictor": metrics.predictors[0].name, **asdict(found), "verdict": found.verdict})
-
-
-def verdict(root: Path) -> tuple[str, ...]:
-    """The sentence for the report; none where no arms were named."""
-    path = root / _FILE
-    return (str(json.loads(path.read_text(encoding="utf-8"))["verdict"]),) if path.is_file() else ()
+    return _People(arm=arm, covariates=covariates.to_numpy(float) if settings.covariates else None)
 
 
 def _score(result: EvaluationResult) -> NDArray[np.float64]:
