@@ -17,18 +17,29 @@ import pandas as pd
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.config import Execution, digest_of
+from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning.checkpoints import load_weights, read_model_config
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.draws import FewShotSettings, few_shot_splits, origin_of
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
 from brainfm_cli.learning.floors import FloorSettings, make_floors
 from brainfm_cli.learning.forecasts import Predictor, TrainingFold
+from brainfm_cli.learning.joined import Joined
 from brainfm_cli.learning.pretraining import PretrainingSettings, is_finished, prepare, pretrain_model
 from brainfm_cli.learning.results import EvaluationResult, Truth
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import DesignSettings, Fold, Split, fixed_split, make_split, people_groups, write_split
 from brainfm_cli.learning.targets import Target, participant_table
-from brainfm_cli.learning.tuned import AppliedPredictor, TargetRecord, TunedPredictor, load_tuned, prepare_inputs, read_held_out, read_seen
+from brainfm_cli.learning.tuned import (
+    AppliedPredictor,
+    TargetRecord,
+    TunedPredictor,
+    Watch,
+    load_tuned,
+    prepare_inputs,
+    read_held_out,
+    read_seen,
+)
 from brainfm_cli.learning.tuning import EMBEDDING, AtlasInputs, TuningSettings
 from brainfm_cli.provenance import file_sha256
 
@@ -73,6 +84,10 @@ class Request:
     """Where split and fold models are written."""
     ablations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Name → blocks of a head that reads less, fitted on the same folds."""
+    rivals: Mapping[str, Predictor] = field(default_factory=dict)
+    """Networks without pretraining, by name, on the same folds."""
+    watch: Watch | None = None
+    """Sees the model of every fold of the whole split."""
     few_shot: FewShotSettings = field(default_factory=FewShotSettings)
     """Learning curves, none unless asked for."""
 
@@ -93,7 +108,7 @@ def evaluate_model(request: Request, execution: Execution) -> tuple[EvaluationRe
     predictors: dict[str, Predictor] = {name: backbones.model()}
     if request.random_encoder:
         predictors[RANDOM_ENCODER] = TunedPredictor(prepared=backbones.random, settings=backbones.tuning)
-    predictors |= backbones.ablations()
+    predictors |= {**backbones.ablations(), **request.rivals}
     floors = make_floors(request.cohort, request.target, table, request.floors)
     context = Context(
         table=table,
@@ -139,18 +154,20 @@ class _Backbones:
         self._config = read_model_config(request.model)
         self._given = request.system
         self._kept: tuple[tuple[int, int], Any, dict[str, AtlasInputs]] | None = None
+        self._random: tuple[int, Any, dict[str, AtlasInputs]] | None = None
         self._draws = 1
 
     def model(self) -> Predictor:
         """The model as a predictor."""
         if self.request.mode == "refit":
-            return TunedPredictor(prepared=self.prepared, settings=self.tuning)
+            return TunedPredictor(prepared=self.prepared, settings=self.tuning, watch=self.request.watch)
         return AppliedPredictor(
             system=self._given,
             inputs=self._inputs(self._given),
             atlases=load_tuned(self.request.model, self.request.record),
             weights=self.request.record.weights,
             held_out=read_held_out(self.request.model / "held_out.tsv", self.request.target.participants, self.request.cohort.dataset_of),
+            watch=self.request.watch,
         )
 
     def prepared(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
@@ -171,11 +188,16 @@ class _Backbones:
             self._draws = 1
 
     def random(self, fold: TrainingFold) -> tuple[Any, Mapping[str, AtlasInputs]]:
-        """A backbone with random weights and the statistics of the pretrained one."""
-        system, inputs = self.prepared(fold)
-        random = system.randomised(self.request.seed)
-        random.module.to(self._device)
-        return random, inputs
+        """A backbone with random weights and the statistics of the pretrained one, and what it makes of everybody.
+
+        Its inputs are its own: a system may read people by its weights already there, and not only when a prompt reads further.
+        """
+        system, _ = self.prepared(fold)
+        if self._random is None or self._random[0] != id(system.module):
+            random = system.randomised(self.request.seed)
+            random.module.to(self._device)
+            self._random = (id(system.module), random, self._inputs(random))
+        return self._random[1], self._random[2]
 
     def ablations(self) -> dict[str, Predictor]:
         """Heads that read fewer blocks; those that read the encoder with random weights too, where that floor is asked for."""
@@ -199,6 +221,13 @@ class _Backbones:
         return prepare_inputs(system, self.request.cohort, self.request.target.participants, self.request.record.atlases)
 
     def _pretrained(self, fold: Fold) -> Any:  # noqa: ANN401
+        if isinstance(self._given, Joined):
+            raise SettingsError("a model with a donor cannot be pretrained inside folds: the donor is given", fix="leave pretraining=inside out, or tune without a donor")  # fmt: skip
+        if self._config.added or self._config.meta:
+            what = "atlases were added to" if self._config.added else "a start was meta-learned for"
+            raise SettingsError(
+                f"{what} this model, which is not repeated inside folds", fix="leave pretraining=inside out, or use a model without"
+            )
         settings = PretrainingSettings.from_values(dict(self._config.pretraining), where=self.request.model / "config.yaml")
         people = self._outside(fold, settings)
         folder = self._folder(fold, people)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -199,6 +199,13 @@ def weighted_mean(predicted: Mapping[str, NDArray[np.float64]], weights: Mapping
         return (np.where(there, stacked, 0.0) * share).sum(0) / share.sum(0)
 
 
+class Watch(Protocol):
+    """Looks at the model of a fold and at the people it is tested on, e.g. to explain its predictions."""
+
+    def __call__(self, system: Any, atlases: Mapping[str, Any], test: Sequence[str], *, repeat: int, fold: int) -> None:  # noqa: ANN401
+        """``atlases``: prompt and head by atlas label."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TunedPredictor:
     """Tunes on the training people of a fold and predicts its test people; the backbone may be another one in every fold."""
@@ -207,13 +214,17 @@ class TunedPredictor:
     """The system of a fold and the inputs of all its people."""
     settings: TuningSettings
     """How prompts and head are fitted."""
+    watch: Watch | None = None
+    """Sees the model of every fold before it is forgotten."""
 
     def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
         """The forecast for ``test``."""
         system, inputs = self.prepared(fold)
         tuning = tune(system, inputs, fold.target, fold.inner, self.settings, seed=fold.seed % 2**31)
-        inside = tuning.held_out if fold.target.classes else None
-        return Forecast(test=forecast(system, inputs, tuning.atlases, test, weights=tuning.weights), train=inside, choices=tuning.choices())
+        predicted = forecast(system, inputs, tuning.atlases, test, weights=tuning.weights)
+        if self.watch is not None:
+            self.watch(system, tuning.atlases, test, repeat=fold.repeat, fold=fold.fold)
+        return Forecast(test=predicted, train=tuning.held_out, choices=tuning.choices())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +241,15 @@ class AppliedPredictor:
     """Weight of each atlas."""
     held_out: Mapping[str, NDArray[np.float64]]
     """Held-out prediction of the people tuned on, by participant key."""
+    watch: Watch | None = None
+    """Sees the model."""
 
     def __call__(self, fold: TrainingFold, test: Sequence[str]) -> Forecast:
         """The forecast for ``test``."""
         predicted = forecast(self.system, self.inputs, self.atlases, test, weights=self.weights)
-        if not fold.target.classes:
-            return Forecast(test=predicted)
-        missing = np.full(len(fold.target.classes), np.nan)
+        if self.watch is not None:
+            self.watch(self.system, self.atlases, test, repeat=fold.repeat, fold=fold.fold)
+        missing = np.full(len(fold.target.classes), np.nan) if fold.target.classes else np.nan
         return Forecast(test=predicted, train=np.array([self.held_out.get(name, missing) for name in fold.target.participants]))
 
 

@@ -8,6 +8,8 @@ blocks count is weighed where the head is fitted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,10 +62,35 @@ def _group_blocks(full: Tensor, present: Tensor, groups: Tensor) -> dict[str, Te
 
 
 def _logarithm(matrices: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrices)
-    logarithm = (vectors * values.clamp_min(_SMALLEST_VARIANCE).log()[:, None, :]) @ vectors.transpose(1, 2)
+    logarithm = _MatrixLogarithm.apply(matrices)
     rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
     return logarithm[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0**0.5)
+
+
+class _MatrixLogarithm(torch.autograd.Function):
+    """(batch, n, n) logarithm of symmetric matrices, eigenvalues clipped below; its derivative by divided differences (Daleckii and Krein).
+
+    That of an eigendecomposition is infinite where eigenvalues are equal, as those of short runs' correlations are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> Tensor:  # noqa: ANN401  (torch's context)
+        values, vectors = torch.linalg.eigh(matrices)
+        clipped = values.clamp_min(_SMALLEST_VARIANCE)
+        ctx.save_for_backward(values, clipped, vectors)
+        return (vectors * clipped.log()[:, None, :]) @ vectors.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        values, clipped, vectors = ctx.saved_tensors
+        apart = values[:, :, None] - values[:, None, :]
+        mean = (clipped[:, :, None] + clipped[:, None, :]) / 2
+        near = apart.abs() < 1e-6 * mean
+        slope = torch.where((values > _SMALLEST_VARIANCE)[:, :, None] & (values > _SMALLEST_VARIANCE)[:, None, :], 1 / mean, 0.0)
+        rise = clipped.log()[:, :, None] - clipped.log()[:, None, :]
+        kernel = torch.where(near, slope, rise / torch.where(near, 1.0, apart))
+        symmetric = (gradient + gradient.transpose(1, 2)) / 2
+        return vectors @ (kernel * (vectors.transpose(1, 2) @ symmetric @ vectors)) @ vectors.transpose(1, 2)
 
 
 def network_couplings(correlation: Tensor, present: Tensor, shares: Tensor) -> Tensor:

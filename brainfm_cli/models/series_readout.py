@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from brainfm_cli.models.series_encoder import SeriesEncoding
+from brainfm_cli.models.series_encoder import SeriesEncoder, SeriesEncoding, cut_patches
 
 _SHARPNESS = 10.0
 """How fast weights of regions follow the prompt: steps of 0.01 must matter within tens of them."""
@@ -64,3 +64,28 @@ def _mean(weights: Tensor, regions: Tensor) -> Tensor:
     """(runs, groups, width) means of (runs, regions, width) with (runs, regions, groups) weights; zero for an empty group."""
     total = weights.sum(dim=1)
     return weights.transpose(1, 2) @ regions / total.clamp_min(1e-12)[:, :, None]
+
+
+class SeriesClassifier(nn.Module):
+    """An encoder with its readout and a linear head, all trained together: what pretraining is compared with."""
+
+    places: Tensor
+
+    def __init__(self, encoder: SeriesEncoder, readout: RegionPrompt, places: Tensor, outputs: int, *, repetition_time_s: float) -> None:
+        """``places`` (regions, 27) code of the region centres (:func:`~brainfm_cli.models.series_encoder.place_regions`)."""
+        super().__init__()
+        self.encoder, self.readout, self.repetition_time_s = encoder, readout, repetition_time_s
+        self.register_buffer("places", places)
+        groups = 0 if readout.groups is None else readout.groups.shape[1]
+        self.leave = nn.Linear(encoder.shape.width * (2 + groups), outputs)
+
+    def forward(self, series: Tensor) -> Tensor:
+        """(batch, outputs) from (batch, frames, regions) scaled series of one length; NaN in absent regions."""
+        frames = torch.full((len(series),), series.shape[1], device=series.device)
+        shape = self.encoder.shape
+        patches = cut_patches(series, frames, self.places, patch_frames=shape.patch_frames, repetition_time_s=self.repetition_time_s)
+        encoding = self.encoder(patches)
+        counts = patches.usable.sum(dim=2)
+        regions = sum_by_region(encoding, patches.usable) / counts.clamp_min(1)[:, :, None]
+        read: Tensor = self.leave(self.readout(SeriesReadout(atlas="", summary=encoding.summary, regions=regions, present=counts > 0)))
+        return read

@@ -54,7 +54,9 @@ def load_system(model_dir: Path) -> System:
 def _known(model_dir: Path) -> tuple[type[BrainGraphSettings | DrugResponseSettings], type[BrainGraph | DrugResponse]]:
     kind = read_model_config(model_dir).system.get("kind")
     if kind == "brain-caption":  # reads voxels, not regions: its stages have loaders of their own
-        raise UnsupportedStageError("brain-caption models are aligned, tuned and asked for captions", where=model_dir, fix="use: align, prompt-tune, caption")
+        raise UnsupportedStageError(
+            "brain-caption models are aligned, tuned and asked for captions", where=model_dir, fix="use: align, prompt-tune, caption"
+        )
     if kind not in _KNOWN:
         raise CheckpointMismatchError(f"the model's system '{kind}' is unknown", where=model_dir, fix=f"known: {', '.join(_KNOWN)}")
     return _KNOWN[kind]

@@ -18,12 +18,15 @@ from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning import objectives
 from brainfm_cli.learning.checkpoints import AtlasRecord, check_atlas, load_weights, read_model_config, shared_atlases
+from brainfm_cli.learning.explanation import Modality
 from brainfm_cli.learning.pretraining import Credits
 from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
+from brainfm_cli.learning.tuning import EMBEDDING
 from brainfm_cli.models.graphs import correlate, hashed_uniform
 from brainfm_cli.models.readouts import connectivity_blocks
 from brainfm_cli.models.series_encoder import (
     Patches,
+    SeriesEncoder,
     SeriesModel,
     SeriesShape,
     choose_hidden_patches,
@@ -32,7 +35,7 @@ from brainfm_cli.models.series_encoder import (
     masked_spectrum_loss,
     place_regions,
 )
-from brainfm_cli.models.series_readout import RegionPrompt, SeriesReadout, sum_by_region
+from brainfm_cli.models.series_readout import RegionPrompt, SeriesClassifier, SeriesReadout, sum_by_region
 from brainfm_cli.models.series_scaling import Gain, SeriesScaler, population_spread, resample, robust_spread
 
 PRESETS: dict[str, SeriesShape] = {
@@ -43,6 +46,8 @@ PRESETS: dict[str, SeriesShape] = {
 _SIZES = ("width", "num_heads", "feedforward", "num_layers", "decoder_layers")
 _FACTOR_OF_UNITS = 8.0  # gains of scanners differ by less; percent signal change and raw intensity by more
 _ENCODED_AT_ONCE = 16
+SERIES, CONNECTIVITY = "series", "connectivity"
+"""Names of the two ways by which a run reaches the head."""
 _HIDE, _KIND = range(2)  # streams of the hashed random numbers
 _SOURCE = "Fan et al., FMM_TC (MICCAI 2025)"
 _CREDITS = Credits(
@@ -295,10 +300,12 @@ class DrugResponse:
         InputDatasetError
             A run is shorter than a patch, has no region with a signal, or is in other units than those pretrained on.
         """
-        series = self._scaled(windows)
+        return self._encode(windows.atlas, self._scaled(windows))
+
+    def _encode(self, atlas: str, series: Sequence[Tensor]) -> SeriesReadout:
+        """Readout of (frames, regions) scaled series; gradients reach them."""
         cuts = [(run, one[start : start + length]) for run, one in enumerate(series) for start, length in self._starts(len(one))]
-        regions = windows.series.shape[2]
-        device, width = windows.series.device, self.settings.shape.width
+        regions, device, width = series[0].shape[1], series[0].device, self.settings.shape.width
         summary = torch.zeros(len(series), width, device=device)
         sums = torch.zeros(len(series), regions, width, device=device)
         counts = torch.zeros(len(series), regions, device=device)
@@ -306,14 +313,14 @@ class DrugResponse:
         for begin in range(0, len(cuts), _ENCODED_AT_ONCE):
             part = cuts[begin : begin + _ENCODED_AT_ONCE]
             owner = torch.tensor([run for run, _ in part], device=device)
-            patches = self._patches(windows.atlas, [cut for _, cut in part])
+            patches = self._patches(atlas, [cut for _, cut in part])
             encoding = self.model.series.encoder(patches)
             summary.index_add_(0, owner, encoding.summary.float())
             sums.index_add_(0, owner, sum_by_region(encoding, patches.usable).float())
             counts.index_add_(0, owner, patches.usable.sum(dim=2).float())
             number.index_add_(0, owner, torch.ones(len(part), device=device))
         return SeriesReadout(
-            atlas=windows.atlas,
+            atlas=atlas,
             summary=summary / number[:, None],
             regions=sums / counts.clamp_min(1)[:, :, None],
             present=counts > 0,
@@ -346,6 +353,42 @@ class DrugResponse:
         """What the head reads beside the embedding, (batch, features) each: connectivity of regions and of their groups."""
         correlation, present = correlate(windows.series, windows.frames)
         return connectivity_blocks(correlation, present, self._groups(windows.atlas))
+
+    def modalities(self, windows: Windows) -> dict[str, Modality]:
+        """What the model reads of the one run in ``windows``: scaled series at the encoder's repetition time, and correlations."""
+        (scaled,) = self._scaled(windows)
+        correlation, present = correlate(windows.series, windows.frames)
+        return {
+            SERIES: Modality(values=torch.nan_to_num(scaled)[None], present=torch.isfinite(scaled).all(dim=0), symmetric=False),
+            CONNECTIVITY: Modality(values=correlation, present=present[0], symmetric=True),
+        }
+
+    def blocks_of(self, values: Mapping[str, Tensor], windows: Windows, prompt: RegionPrompt) -> dict[str, Tensor]:
+        """Blocks of a head, (rows, features) each, of inputs that stand in for those of the run; gradients reach them."""
+        given = self.modalities(windows)
+        series, correlation = values[SERIES], values[CONNECTIVITY]
+        seen = torch.where(given[SERIES].present, series, torch.nan)
+        blocks = {EMBEDDING: self.read(self._encode(windows.atlas, list(seen)), prompt)}
+        whole, present = (correlation + correlation.transpose(1, 2)) / 2, given[CONNECTIVITY].present.expand(len(correlation), -1)
+        return blocks | connectivity_blocks(whole, present, self._groups(windows.atlas))
+
+    @torch.no_grad()
+    def scaled_series(self, windows: Windows) -> Tensor:
+        """(runs, frames, regions) scaled series at the encoder's repetition time, cut to the shortest run; NaN in absent regions."""
+        series = self._scaled(windows)
+        shortest = min(*(len(one) for one in series), self.settings.windows.window_frames)
+        return torch.stack([one[:shortest] for one in series])
+
+    def untrained(self, atlas: str, outputs: int) -> nn.Module:
+        """The encoder with random weights and a head of its own, for training from scratch on :meth:`scaled_series`."""
+        record, windows = self.atlases[atlas], self.settings.windows
+        return SeriesClassifier(
+            SeriesEncoder(self.settings.shape),
+            RegionPrompt(len(record.regions), self._groups(atlas)),
+            place_regions(torch.tensor(record.centroids_mm)),
+            outputs,
+            repetition_time_s=windows.repetition_time_s,
+        )
 
     def _groups(self, atlas: str) -> Tensor:
         """(regions, groups) 0/1: networks of the atlas table, else clusters of neighbouring regions."""

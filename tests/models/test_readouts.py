@@ -105,3 +105,17 @@ def test_short_and_duplicated_series_stay_finite() -> None:
 def test_no_groups_no_group_blocks() -> None:
     assert set(blocks_of(series_of())) == {"edges", "edges_log"}
     assert set(blocks_of(series_of(), groups_of())) == {"edges", "edges_log", "groups", "groups_log"}
+
+
+def test_gradients_of_the_logarithm_are_right_and_finite_where_eigenvalues_are_equal() -> None:
+    correlation, present = correlate(series_of(items=1, frames=40), torch.tensor([40]))
+
+    def logarithm(matrix: torch.Tensor) -> torch.Tensor:
+        return connectivity_blocks((matrix + matrix.transpose(1, 2)) / 2, present, groups_of())["edges_log"].double()
+
+    assert torch.autograd.gradcheck(logarithm, correlation.double().requires_grad_(), eps=1e-3, atol=2e-2, rtol=2e-2)
+    for start in (torch.zeros(1, REGIONS, REGIONS), torch.full((1, REGIONS, REGIONS), 0.3)):
+        matrix = (start - torch.diag_embed(start.diagonal(dim1=1, dim2=2))).requires_grad_()
+        sum(values.sum() for values in connectivity_blocks(matrix, present, None).values()).backward()
+        assert torch.isfinite(matrix.grad).all()
+        assert matrix.grad.any()

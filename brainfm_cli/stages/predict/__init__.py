@@ -21,6 +21,7 @@ from brainfm_cli.learning.checkpoints import model_files, read_model_config, sou
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.draws import FewShotSettings
 from brainfm_cli.learning.evaluation import EvaluationSettings
+from brainfm_cli.learning.explanation import ExplanationSettings, FoldExplainer
 from brainfm_cli.learning.floors import FloorSettings
 from brainfm_cli.learning.results import EvaluationResult, Metrics, Truth
 from brainfm_cli.learning.samples import select_participants
@@ -31,7 +32,9 @@ from brainfm_cli.learning.zero_shot import TextSettings
 from brainfm_cli.reports.evaluation import evaluation_page
 from brainfm_cli.reports.few_shot import few_shot_page
 from brainfm_cli.simulation.truth import attainable_features, attainable_score
-from brainfm_cli.stages.predict.arms import ArmSettings, verdict, write_interaction
+from brainfm_cli.stages.predict.arms import ArmSettings, verdict, with_strata, write_interaction
+from brainfm_cli.stages.predict.explaining import read_sections, write_explanation
+from brainfm_cli.stages.predict.rivals import RivalSettings, make_rivals
 from brainfm_cli.systems import load_system
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from brainfm_cli.learning.splits import Split
     from brainfm_cli.learning.targets import Target
     from brainfm_cli.learning.tuned import AtlasModel
+    from brainfm_cli.records import RegionTable
     from brainfm_cli.systems import System
 
 
@@ -69,8 +73,12 @@ class PredictSettings(Settings):
     """Whether a random frozen encoder with the same head is one of the floors."""
     ablations: dict[str, tuple[str, ...]] = {}
     """group: name → blocks of heads that read less, on the same folds, e.g. {series only: [embedding], connectivity only: [edges]}."""
+    rivals: RivalSettings = RivalSettings()
+    """group: networks that are trained from scratch in every fold, beside the model."""
     arms: ArmSettings | None = None
-    """group: arms of a randomised trial; the interaction of the model's score with the treatment is then tested."""
+    """group: arms of a randomised trial; the interaction of the model's score with the treatment is then tested, and a next trial sized."""
+    explain: ExplanationSettings | None = None
+    """group: explain the predictions of test people by integrated gradients, e.g. {people: 4}."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Scores, intervals, permutations."""
     few_shot: FewShotSettings = FewShotSettings()
@@ -101,7 +109,7 @@ def predict(call: Invocation, settings: PredictSettings) -> int:
 
         return predict_by_text(call, settings)
     if call.reports_only:
-        return _rebuild(call.output_dir, call.model)
+        return _rebuild(call.output_dir, call.model, Cohort.open(call.input_dir))
     choose_device(call.execution.device)
     record = _record(call.model)
     cohort = Cohort.open(call.input_dir)
@@ -143,6 +151,7 @@ def write_evaluation(
     system = load_system(model)
     system.module.to(choose_device(execution.device))
     system.usable_atlases(cohort)
+    explainer = None if settings.explain is None else FoldExplainer(cohort, settings.explain)
     request = Request(
         model=model,
         system=system,
@@ -161,12 +170,20 @@ def write_evaluation(
         root=root,
         few_shot=settings.few_shot,
         ablations=settings.ablations,
+        watch=explainer,
+        rivals=make_rivals(system, cohort, target.participants, record.atlases, settings.rivals),
     )
     result, few = evaluate_model(request, execution)
-    written = [*result.write(root)]
+    written = []
     if settings.arms is not None:
-        written.append(write_interaction(root, result, participant_table(cohort), settings.arms))
-    written.append(_write_report(root, model, result))
+        table = participant_table(cohort)
+        result = with_strata(result, table, settings.arms)
+        written.append(write_interaction(root, result, table, settings.arms))
+    written += result.write(root)
+    regions = {label: atlas.regions for label, atlas in cohort.atlases.items()}
+    if explainer is not None and settings.explain is not None:
+        written += write_explanation(root, explainer, settings.explain, regions)
+    written.append(_write_report(root, model, result, regions))
     for number, one in few.items():
         written += one.write(root / _FEW_SHOT / str(number))
     if few:
@@ -309,7 +326,7 @@ def _read_truth(folder: Path, cohort: Cohort, target: Target, split: Split) -> T
     return Truth(bayes_optimal=described["bayes"], attainable=round(max(scores), 4))
 
 
-def _write_report(root: Path, model: Path, result: EvaluationResult) -> Path:
+def _write_report(root: Path, model: Path, result: EvaluationResult, regions: dict[str, RegionTable]) -> Path:
     metrics = result.metrics
     facts = {
         "Target": metrics.target,
@@ -318,7 +335,12 @@ def _write_report(root: Path, model: Path, result: EvaluationResult) -> Path:
         "Design": metrics.design,
     }
     page = evaluation_page(
-        result, title=f"Prediction of {metrics.target}", subtitle=f"brainfm predict, model {model.name}", facts=facts, notes=verdict(root)
+        result,
+        title=f"Prediction of {metrics.target}",
+        subtitle=f"brainfm predict, model {model.name}",
+        facts=facts,
+        notes=verdict(root),
+        extra=read_sections(root, metrics, regions),
     )
     return write_text(root / "report.html", page.render())
 
@@ -327,9 +349,9 @@ def _write_curves(root: Path, model: Path, few: Mapping[int, Metrics], whole: Me
     return write_text(root / _FEW_SHOT / "report.html", few_shot_page(few, whole, model=model.name).render())
 
 
-def _rebuild(root: Path, model: Path) -> int:
+def _rebuild(root: Path, model: Path, cohort: Cohort) -> int:
     result = EvaluationResult.read(root)
-    _write_report(root, model, result)
+    _write_report(root, model, result, {label: atlas.regions for label, atlas in cohort.atlases.items()})
     few = {int(path.name): EvaluationResult.read(path).metrics for path in (root / _FEW_SHOT).glob("[0-9]*")}
     if few:
         _write_curves(root, model, dict(sorted(few.items())), result.metrics)
