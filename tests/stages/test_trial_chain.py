@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -20,7 +21,8 @@ QUICK = (
     "evaluation.permutations=99", "evaluation.inner_folds=2", "evaluation.groups=[arm]", "where.cohort=[trial]",
 )  # fmt: skip
 ABLATIONS = "ablations={series only: [embedding], connectivity only: [edges, groups]}"
-ARMS = ("arms.treated=drug", "arms.test.bootstraps=99")
+ARMS = ("arms.treated=drug", "arms.test.bootstraps=99", "arms.strata.bootstraps=100")
+EXPLAIN = ("explain.people=1", "explain.steps=8", "explain.most_steps=64", "explain.baselines=[zero]")
 
 
 def only(folder: Path) -> Path:
@@ -46,7 +48,7 @@ def predict(root: Path, name: str, *options: str) -> int:
 
 
 def test_each_modality_and_the_interaction_are_on_the_same_folds(root: Path) -> None:
-    assert predict(root, "scored", ABLATIONS, *ARMS) == 0
+    assert predict(root, "scored", ABLATIONS, *ARMS, *EXPLAIN) == 0
     validate(root / "scored")
     metrics = json.loads((root / "scored" / "metrics.json").read_text())
     names = [row["name"] for row in metrics["predictors"]]
@@ -63,10 +65,36 @@ def test_each_modality_and_the_interaction_are_on_the_same_folds(root: Path) -> 
     assert found["patients"] == {"placebo": 22, "drug": 22}
     assert 0 < found["p"] <= 1
     assert found["verdict"] in (root / "scored" / "report.html").read_text()
+    said = table.pivot_table(index="participant_id", columns="predictor", values="p1")
+    for name in (names[0], "series only"):
+        random = names[1] if name == names[0] else f"{name}, random frozen encoder"
+        assert not np.allclose(said[name], said[random], atol=1e-4), name  # the random encoder reads everybody anew
     arms = pd.read_csv(root / "series" / "cohort" / "participants.tsv", sep="\t", dtype=str).set_index("participant_id")["arm"]
     first = table[table["predictor"] == names[0]]
     treated = (arms[first["participant_id"]] == "drug").to_numpy()
     assert first["fold"][treated].value_counts().to_dict() == pytest.approx({1: 11, 2: 11}, abs=1)
+
+
+def test_strata_and_explanation_stand_in_the_files_and_in_the_report(root: Path) -> None:
+    """Depends on the evaluation above, whose folder it reads."""
+    folder = root / "scored"
+    page = (folder / "report.html").read_text()
+    strata = json.loads((folder / "metrics.json").read_text())["stratification"]
+    assert [one["name"] for one in strata["strata"]] == ["unlikely", "uncertain", "likely"]
+    assert sum(sum(one["patients"].values()) for one in strata["strata"]) == 44
+    assert len(strata["sizes"]) == 4
+    assert strata["statement"] in page
+    (found,) = json.loads((folder / "explanation" / "summary.json").read_text())["explanations"]
+    assert found["people"] == 2  # one of each fold
+    assert {part["modality"] for part in found["modalities"]} == {"series", "connectivity"}
+    regions = pd.read_csv(folder / "explanation" / "regions.tsv", sep="\t")
+    assert len(regions) == 2 * 100
+    assert regions["share"].sum() == pytest.approx(1, abs=1e-3)
+    times = pd.read_csv(folder / "explanation" / "times.tsv", sep="\t")
+    assert times["share"].sum() == pytest.approx(regions.loc[regions["modality"] == "series", "share"].sum(), abs=1e-3)
+    assert "What the predictions rest on" in page
+    assert predict(root, "scored", ABLATIONS, *ARMS, *EXPLAIN, "--reports-only") == 0
+    assert (folder / "report.html").read_text() == page
 
 
 def test_a_trial_of_one_arm_has_no_interaction(root: Path, caplog: pytest.LogCaptureFixture) -> None:
