@@ -15,7 +15,7 @@ class NodeDecoder(nn.Module):
     """Region vectors back to connectivity rows and edges: two pre-norm layers with a token for hidden regions.
 
     Rows are read out with one learned vector per region of the atlas, so that a column means a region and not a
-    position. Edges are scaled cosines of decoded vectors.
+    position. Edges are scaled cosines of decoded vectors, less their mean over regions.
     """
 
     def __init__(self, width: int, atlases: Mapping[str, int], *, num_layers: int = 2, num_heads: int = 4, feedforward: int) -> None:
@@ -28,7 +28,7 @@ class NodeDecoder(nn.Module):
             {label: nn.init.normal_(torch.empty(n, width), std=width**-0.5) for label, n in sorted(atlases.items())}
         )
         self.offset = nn.ParameterDict({label: torch.zeros(n) for label, n in sorted(atlases.items())})
-        self.edge_scale = nn.Parameter(torch.tensor(5.0))
+        self.edge_scale = nn.Parameter(torch.tensor(1.0))
         self.edge_shift = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, nodes: Tensor, hidden: Tensor, present: Tensor | None, identity: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ class NodeDecoder(nn.Module):
 
     def edge_logits(self, decoded: Tensor) -> Tensor:
         """(batch, regions, regions) log odds of an edge."""
-        unit = nn.functional.normalize(decoded, dim=-1)
+        # What all regions share would make every cosine 1, and no edge could be told from another.
+        unit = nn.functional.normalize(decoded - decoded.mean(dim=1, keepdim=True), dim=-1)
         return self.edge_scale * torch.bmm(unit, unit.transpose(1, 2)) + self.edge_shift
 
 
