@@ -201,6 +201,7 @@ def load_language_model(source: Path, *, name: str | None = None, dtype: torch.d
     CheckpointMismatchError
         The files are damaged or hold no causal language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -218,7 +219,7 @@ def load_language_model(source: Path, *, name: str | None = None, dtype: torch.d
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **({"gguf_file": packed} if packed else {}), local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointMismatchError(
             f"the language model '{called}' cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
             where=source,

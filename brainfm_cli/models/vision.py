@@ -78,6 +78,7 @@ def load_vision_encoder(folder: Path) -> VisionEncoder:
     CheckpointMismatchError
         It holds no image model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
@@ -92,7 +93,7 @@ def load_vision_encoder(folder: Path) -> VisionEncoder:
         values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         config = getattr(model.config, "vision_config", model.config)
         size = int(config.image_size)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
         raise CheckpointMismatchError(
             f"the vision model cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
             where=folder,

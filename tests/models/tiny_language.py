@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
@@ -57,14 +58,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", chat_template=_CHAT)
 
 
-def write_llama(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
+def write_llama(folder: Path, *, seed: int = 0, width: int = 48, steps: int = 0) -> Path:
+    """A random Llama, which nothing in front of it can steer; with ``steps`` it has learnt the captions of the grammar."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(words()) + 3, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, eos_token_id=2, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    model, words_to_ids = LlamaForCausalLM(config), tokenizer()
+    generator = np.random.default_rng(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        said = [grammar.captions(scene, 1, generator)[0] + "<end>" for scene in grammar.draw_scenes(32, generator)]
+        batch = words_to_ids(said, padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        optimiser.zero_grad()
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimiser.step()
+    model.save_pretrained(folder)
+    words_to_ids.save_pretrained(folder)
     return folder
 
 

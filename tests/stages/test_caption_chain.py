@@ -62,11 +62,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     root = chain.root
     chain.codes["raw"] = brainfm("simulate", root / "raw", "--kind", "viewing", "--seed", 3, "--set", *VIEWERS)
     chain.run("trials", "parcellate", "group", "--trials", source="raw")
-    chain.run("pretrain", "pretrain", "group", "--system", "brain-caption", "--set", "system.preset=nano", "epochs=2", "batch_size=16", "log_every=1", "split.shared=true")  # fmt: skip
+    chain.run("pretrain", "pretrain", "group", "--system", "brain-caption", "--set", "system.preset=nano", "epochs=2", "batch_size=16", "log_every=1", "split.shared=true", "split.validation_fraction=0.3")  # fmt: skip
     settings = {
         "llm": str(write_llama(root / "llama")),
         "text_encoder": str(write_bert(root / "bert")),
-        "fit": {"q_former": {"num_queries": 4, "width": 32, "num_heads": 2}, "contrast_epochs": 1, "judged_images": 4},
+        "fit": {"q_former": {"num_queries": 4, "width": 32, "num_heads": 2}, "contrast_epochs": 1, "judged_images": 4, "judge": "loss"},
         "schedule": {"epochs": 3, "batch_size": 16, "log_every": 1, "optimiser": {"learning_rate": 0.003}},
     }
     (root / "align.yaml").write_text(yaml.safe_dump(settings))

@@ -26,7 +26,7 @@ from brainfm_cli.systems.brain_caption.decoding import alter, list_viewings, sca
 from brainfm_cli.systems.brain_caption.encoder import PRESETS
 from brainfm_cli.systems.brain_caption.floors import CaptionBank, fit_ridge, retrieval_ranks
 from brainfm_cli.systems.brain_caption.pretraining import PreparedEncoder, evaluate_encoder, fit_scale, prepare
-from tests.learning.voxel_cohorts import write_cohort
+from tests.learning.voxel_cohorts import SETTINGS, write_cohort
 from tests.models.tiny_language import write_bert, write_llama
 
 NANO = BrainCaptionSettings(kind="brain-caption", preset="nano")
@@ -39,7 +39,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> VoxelCohort:
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> CausalLanguageModel:
-    return load_language_model(write_llama(tmp_path_factory.mktemp("llama")))
+    return load_language_model(write_llama(tmp_path_factory.mktemp("llama"), steps=150))
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +78,26 @@ def test_targets_are_z_scores_and_predict_zero_is_their_variance(prepared: Prepa
     assert float(terms["patch"]) == float(again["patch"])  # masks depend on the trial and the epoch alone
 
 
-def test_pretraining_beats_its_floors(prepared: PreparedEncoder) -> None:
+def test_pretraining_beats_its_floors(tmp_path: Path) -> None:
+    smooth = SETTINGS.model_copy(update={"images": 150, "voxels": 96, "voxel_spread": 0.0, "noise_ceiling": 0.6, "smoothness_mm": 40.0})
+    found = prepare(
+        NANO, PretrainingSettings(batch_size=32), ImageSplitSettings(), write_cohort(tmp_path, people=1, settings=smooth), ["01"]
+    )
+    fit_scale(found.system.model.scale, found.source.cohort, found.source.trials)
     torch.manual_seed(0)
-    optimiser = torch.optim.AdamW(prepared.system.module.parameters(), lr=3e-3)
-    for epoch in range(60):
-        data = prepared.source.training(epoch, rank=0, world_size=1)
-        for place in range(len(data)):
+    optimiser = torch.optim.AdamW(found.system.module.parameters(), lr=3e-3)
+    for epoch in range(25):
+        data = found.source.training(epoch, rank=0, world_size=1)
+        for place in range(found.source.num_batches):
             optimiser.zero_grad()
-            prepared.system.losses(data[place], epoch=epoch)["patch"].backward()
+            found.system.losses(data[place], epoch=epoch)["patch"].backward()
             optimiser.step()
-    prepared.system.model.eval()
-    table = evaluate_encoder(prepared, PretrainingSettings(batch_size=16))
-    assert list(table["participant"]) == ["01", "02"]
-    assert (table["model"] < 0.97 * table["predict zero"]).all()
+    found.system.model.eval()
+    table = evaluate_encoder(found, PretrainingSettings(batch_size=32))
+    assert list(table["participant"]) == ["01"]
+    assert (table["model"] < 0.95 * table["predict zero"]).all()
     assert (table["model"] < table["mean of neighbours"]).all()
-    assert (table["correlation"] > 0.1).all()
+    assert (table["correlation"] > 0.2).all()
 
 
 def test_the_encoder_s_weights_are_taken_over(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
@@ -138,9 +143,9 @@ def test_the_language_model_is_in_no_state(prepared: PreparedEncoder, language: 
 def test_one_batch_can_be_learnt_by_heart(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
     made = captioner(prepared, language, sentences, pretrained=False)
     batch = first_batch(prepared.source)
-    optimiser = torch.optim.AdamW(made.module.parameters(), lr=5e-3, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(made.module.parameters(), lr=1e-2, weight_decay=0.0)
     made.model.train()
-    for _ in range(200):
+    for _ in range(300):
         optimiser.zero_grad()
         terms = made.losses(batch, epoch=0.0)
         (terms["language"] + 0.1 * terms["contrast"]).backward()

@@ -84,8 +84,6 @@ def write_model(
     cohort_dir: Path, model: Path, folder: Path, settings: AlignCaptionSettings, execution: Execution, participants: tuple[str, ...]
 ) -> UnitResult:
     """Align on ``participants`` and write a model folder that needs no other but the language model."""
-    from brainfm_cli.learning.text_scores import cider
-
     cohort = VoxelCohort.open(cohort_dir)
     prepared = prepare_alignment(
         model,
@@ -97,7 +95,6 @@ def write_model(
         language=load_language(settings.llm),
         sentences=load_sentences(settings.text_encoder),
         pictures=None if settings.vision is None else read_picture_vectors(settings.vision, settings.pictures, cohort),
-        cider=cider,
     )
     result = fit_captioner(prepared, settings.schedule.plan(settings.seed), execution, folder, new_people=False)
     if not result.is_first_rank:

@@ -74,8 +74,6 @@ def write_model(
     cohort_dir: Path, model: Path, folder: Path, settings: TuneParticipantSettings, execution: Execution, participants: tuple[str, ...]
 ) -> UnitResult:
     """Add ``participants`` to the model, everything else unchanged, and write a model folder."""
-    from brainfm_cli.learning.text_scores import cider
-
     record = CaptionRecord.from_values(read_model_config(model).alignment, where=model / "config.yaml")
     prepared = prepare_person(
         model,
@@ -85,7 +83,6 @@ def write_model(
         batch_size=settings.schedule.batch_size,
         seed=settings.seed,
         sentences=load_sentences(record.text_encoder),
-        cider=cider,
         language_model=settings.llm,
     )
     result = fit_captioner(prepared, settings.schedule.plan(settings.seed), execution, folder, new_people=True)

@@ -68,6 +68,8 @@ class CaptionFitSettings(Frozen):
     """Temperature of the contrast."""
     contrast_epochs: float = Field(default=0.0, ge=0)
     """First epochs that train on the contrast alone (BLIP-2's first stage): a hundred times cheaper than epochs through the language model."""
+    language_items: int | None = Field(default=None, ge=1)
+    """Trials of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
     encoder_frozen: float = Field(default=0.1, ge=0, le=1)
     """Share of steps before a pretrained encoder trains too."""
     encoder_rate: float = Field(default=0.1, ge=0, le=1)
@@ -187,8 +189,9 @@ class AlignedCaptioner:
             found = batch.images[(brains.detach() @ others.T).argmax(dim=1)] == batch.images
             terms["monitor_told_apart"] = found.float().mean()
         if not self._contrast_alone:
-            said = self.language.tokens(batch.captions, longest=_MOST_TOKENS).to(prefix.device)
-            terms["language"] = self.language.loss(prefix, said).mean()
+            most = self.fit.language_items
+            said = self.language.tokens(batch.captions[:most], longest=_MOST_TOKENS).to(prefix.device)
+            terms["language"] = self.language.loss(prefix[:most], said).mean()
             if validating:
                 self._language_losses.append(float(terms["language"]))
         return terms
@@ -280,7 +283,7 @@ def load_language(name: str) -> CausalLanguageModel:
     """A language model by asset name or local path."""
     if any(asset.name == name for asset in known_assets()):
         return load_language_model(locate(find_asset(name)), name=name)
-    return load_language_model(Path(name))
+    return load_language_model(Path(name), name=name)
 
 
 def load_sentences(name: str) -> TextEncoder:

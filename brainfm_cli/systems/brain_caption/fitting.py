@@ -134,7 +134,6 @@ def prepare_alignment(
     language: CausalLanguageModel,
     sentences: TextEncoder,
     pictures: Mapping[str, Tensor] | None,
-    cider: Cider,
 ) -> PreparedCaptioner:
     """A captioner in front of ``language``, and the trials it trains on.
 
@@ -158,7 +157,7 @@ def prepare_alignment(
     captioner = build_captioner(encoder, fit, language, contrast_width=width, seed=seed)
     if fit.alignment:
         captioner.targets, captioner.by_image = (targets, False) if pictures is None else (pictures, True)
-    captioner.score = partial(_score, captioner, cohort, source.validation_trials, cider)
+    captioner.score = _judge(captioner, cohort, source)
     record = CaptionRecord(
         language_model=language.name,
         language_sha256=language.fingerprint(),
@@ -186,7 +185,6 @@ def prepare_person(
     batch_size: int,
     seed: int,
     sentences: TextEncoder,
-    cider: Cider,
     language_model: str | None = None,
 ) -> PreparedCaptioner:
     """An aligned captioner to which participants are added: only their embedding and first layer train, on ``share`` of their pictures."""
@@ -215,7 +213,7 @@ def prepare_person(
     if captioner.fit.alignment and record.contrast_with == "sentences":
         captioner.targets = targets
     captioner.fit = captioner.fit.model_copy(update={"contrast_epochs": 0.0})
-    captioner.score = partial(_score, captioner, cohort, source.validation_trials, cider)
+    captioner.score = _judge(captioner, cohort, source)
     config = _with_split(read_model_config(model_dir), split).model_copy(
         update={"viewers": captioner.viewers, "tuning": {"kind": "participants", "participants": list(participants), "share": share}}
     )
@@ -348,6 +346,15 @@ def _bank(source: TrialBatches, targets: Mapping[str, Tensor]) -> CaptionBank:
     names = dict.fromkeys(name for one in source.trials for name in one.names)
     captions = tuple(dict.fromkeys(text for name in names for text in source.captions_of(name)))
     return CaptionBank(captions=captions, vectors=torch.stack([targets[text] for text in captions]))
+
+
+def _judge(captioner: AlignedCaptioner, cohort: VoxelCohort, source: TrialBatches) -> Callable[[], float] | None:
+    """CIDEr of the judged pictures, where it chooses the epoch."""
+    if captioner.fit.judge == "loss":
+        return None
+    from brainfm_cli.learning.text_scores import cider
+
+    return partial(_score, captioner, cohort, source.validation_trials, cider)
 
 
 def _score(captioner: AlignedCaptioner, cohort: VoxelCohort, trials: Sequence[PersonTrials], cider: Cider) -> float:
