@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from brainfm_cli.learning.text_scores import own_ranks
 from brainfm_cli.systems.brain_caption.decoding import list_viewings, scaled_responses
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def fit_ridge(
 
 def retrieval_ranks(vectors: Tensor, pictures: Tensor, own: Sequence[int]) -> Tensor:
     """(items,) rank of each item's own picture (row ``own`` of ``pictures``) by cosine, the middle rank of ties; 1 is best."""
-    cosines = functional.normalize(vectors.float(), dim=1) @ pictures.T
-    true = cosines.gather(1, torch.tensor(own)[:, None])
-    return 0.5 + (cosines > true).sum(dim=1) + 0.5 * (cosines == true).sum(dim=1)
+    return torch.from_numpy(own_ranks((functional.normalize(vectors.float(), dim=1) @ pictures.T).cpu().numpy(), own))
 
 
 def _averages(scale: VoxelScale, cohort: VoxelCohort, viewings: Sequence[Viewing], at_once: int = 64) -> Tensor:
