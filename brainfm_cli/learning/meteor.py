@@ -31,7 +31,6 @@ my n't no not of off on one or our out over 's she so some such than that the th
 what when which who will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-)
 
 
 @dataclass(frozen=True, slots=True)
