@@ -150,11 +150,19 @@ def delong(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> DeL
     cases, controls = np.zeros((len(scores), m)), np.zeros((len(scores), n))
     for predictor, repeats in enumerate(scores):
         for row in repeats:
-            everyone = rankdata(row)
-            cases[predictor] += (everyone[positive] - rankdata(row[positive])) / n / len(repeats)
-            controls[predictor] += (1 - (everyone[negative] - rankdata(row[negative])) / m) / len(repeats)
+            above, below = placements(row[positive], row[negative])
+            cases[predictor] += above / len(repeats)
+            controls[predictor] += below / len(repeats)
     covariance = np.atleast_2d(np.cov(cases)) / m + np.atleast_2d(np.cov(controls)) / n
     return DeLong(areas=cases.mean(1), covariance=covariance)
+
+
+def placements(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(cases,) share of controls that score below each case, and (controls,) share of cases that score above each control; ties count ½."""
+    everyone = rankdata(np.r_[positive, negative])
+    above = (everyone[: len(positive)] - rankdata(positive)) / len(negative)
+    below = 1 - (everyone[len(positive) :] - rankdata(negative)) / len(positive)
+    return above, below
 
 
 def permutation_p(
