@@ -2,7 +2,8 @@
 
 A token is a patch of 16 voxels that are neighbours in the stored order: Linear(patch) + Linear(code of the patch's place) + the
 person's embedding. People differ in number and tuning of voxels, so a person may also have a first and a last layer of
-their own, patch by patch (``first_layer=person``); the published design has one for all. Voxels that fill up the last patch are
+their own, patch by patch, and a class token that starts from a linear summary of all their visible voxels (``first_layer=person``):
+attention between normalised patches loses how strongly each one speaks. The published design has one first layer for all. Voxels that fill up the last patch are
 zero and never counted; a patch is never made of filling alone. Only visible patches are encoded in pretraining.
 """
 
@@ -99,6 +100,7 @@ class VoxelEncoder(nn.Module):
         self.class_token = nn.Parameter(nn.init.normal_(torch.empty(shape.width), std=0.02))
         self.people = nn.ParameterDict()
         self.first = nn.ParameterDict()
+        self.whole = nn.ParameterDict()
         self.layers = nn.ModuleList(
             TransformerLayer(shape.width, shape.num_heads, round(shape.mlp_ratio * shape.width), shape.dropout, edge_bias=False)
             for _ in range(shape.num_layers)
@@ -118,6 +120,7 @@ class VoxelEncoder(nn.Module):
         if self.shape.first_layer == "person":
             own = torch.empty(len(real), self.shape.patch_voxels, self.shape.width)
             self.first[name] = nn.Parameter(nn.init.normal_(own, std=self.shape.patch_voxels**-0.5 / 2))
+            self.whole[name] = nn.Parameter(nn.init.normal_(torch.empty_like(own), std=real.numel() ** -0.5 / 2))
 
     def forward(self, patches: VoxelPatches, hidden: Tensor | None = None) -> VoxelEncoding:
         """Encoding of the patches that are not ``hidden`` (batch, patches); as many must be hidden in every item."""
@@ -125,13 +128,17 @@ class VoxelEncoder(nn.Module):
         if patches.participant in self.first:
             tokens = tokens + torch.einsum("bkv,kvw->bkw", patches.values, self.first[patches.participant])
         batch, count, width = tokens.shape
+        summary = self.class_token.expand(batch, -1)
+        if patches.participant in self.whole:
+            seen = patches.values if hidden is None else patches.values * ~hidden[:, :, None]
+            summary = summary + torch.einsum("bkv,kvw->bw", seen, self.whole[patches.participant])
         if hidden is None:
             order = torch.arange(count, device=tokens.device).expand(batch, -1)
         else:
             visible = count - int(hidden[0].sum())
             order = hidden.to(torch.int8).argsort(dim=1, stable=True)[:, :visible]
             tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, width))
-        tokens = torch.cat([self.class_token.expand(batch, 1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens = torch.cat([summary[:, None].to(tokens.dtype), tokens], dim=1)
         for layer in self.layers:
             tokens = layer(tokens, NO_BIAS)
         tokens = self.norm(tokens)

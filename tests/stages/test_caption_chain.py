@@ -66,7 +66,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     settings = {
         "llm": str(write_llama(root / "llama")),
         "text_encoder": str(write_bert(root / "bert")),
-        "fit": {"q_former": {"num_queries": 4, "width": 32, "num_heads": 2}, "contrast_epochs": 1, "judged_images": 4, "judge": "loss"},
+        "fit": {"q_former": {"num_queries": 4, "width": 32, "num_heads": 2}, "contrast_epochs": 1, "judged_images": 4},
         "schedule": {"epochs": 3, "batch_size": 16, "log_every": 1, "optimiser": {"learning_rate": 0.003}},
     }
     (root / "align.yaml").write_text(yaml.safe_dump(settings))

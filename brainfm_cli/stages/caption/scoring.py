@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +18,20 @@ from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.learning.checkpoints import model_files
 from brainfm_cli.learning.voxel_samples import select_trials
 from brainfm_cli.reports.captions import captions_page
+from brainfm_cli.stages.caption.tables import (
+    Predictor,
+    PredictorRole,
+    Ranked,
+    rank_pictures,
+    resample_pictures,
+    score_predictors,
+    show_examples,
+    similarity,
+)
 from brainfm_cli.stages.caption.viewing import CaptionSettings, Loaded, load, open_output, read_captions
 from brainfm_cli.systems.brain_caption.decoding import list_viewings, scaled_responses, speak
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
-from brainfm_cli.systems.brain_caption.floors import fit_ridge, picture_vectors, retrieval_ranks
+from brainfm_cli.systems.brain_caption.floors import fit_ridge, picture_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,36 +39,9 @@ if TYPE_CHECKING:
     from brainfm_cli.bids.voxel_cohort import VoxelCohort
     from brainfm_cli.config import Invocation
 
-PredictorRole = Literal["model", "floor", "ceiling"]
 _MODEL = "brain-caption"
-
-
-@dataclass(kw_only=True)
-class Predictor:
-    """Captions of one predictor for viewings of several participants."""
-
-    name: str
-    """What it is called."""
-    role: PredictorRole
-    """Model, floor or ceiling."""
-    average: Literal["repeats", "none"] = "repeats"
-    """Whether repeats were averaged."""
-    captions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """(picture, caption) of every viewing, by participant."""
-    references: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
-    """Where these are not all captions of the picture, by participant: of the human ceiling."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One score of captions."""
-
-    name: str
-    """What it is called."""
-    meaning: str
-    """One sentence for the report."""
-    of: Callable[[Sequence[str], Sequence[Sequence[str]]], NDArray[np.float64]]
-    """(items,) scores of captions against the references of each; the score of a set is their mean."""
+_RIDGE = "ridge to sentence vectors"
+_TRUTH = "generator's own likelihood"
 
 
 def score_group(call: Invocation, model: Path, settings: CaptionSettings, cohort: VoxelCohort, people: Sequence[str]) -> int:
@@ -94,10 +76,9 @@ def write_scores(
     said = {name: read_captions(root, name) for name in people}
     vectors = _Vectors(loaded)
     predictors = [*_models(said), *_floors(loaded, said, settings, vectors), *_ceilings(loaded, said, truth)]
-    measures = list_measures(loaded)
     names = sorted({row["stimulus"] for one in said.values() for row in one["captions"]})
-    counts = _resamples(len(names), settings)
-    scored = _score(loaded, predictors, measures, names, counts)
+    counts = resample_pictures(len(names), settings.bootstraps, settings.seed)
+    scored = score_predictors(loaded.cohort, loaded.sentences, predictors, names, counts)
     metrics: dict[str, Any] = {
         "model": model.name,
         "role": settings.role,
@@ -107,9 +88,9 @@ def write_scores(
         "pictures": len(names),
         "bootstraps": settings.bootstraps,
         "seed": settings.seed,
-        "metrics": {one.name: one.meaning for one in measures},
-        "rows": scored,
-        "retrieval": _retrieval(loaded, said, predictors, names, counts, vectors, truth),
+        "metrics": scored.meanings,
+        "rows": scored.rows,
+        "retrieval": _retrieval(loaded, said, names, counts, vectors, settings, truth),
     }
     table = pd.DataFrame(
         [
@@ -122,7 +103,7 @@ def write_scores(
     )  # fmt: skip
     page = captions_page(
         metrics,
-        _examples(loaded, predictors, measures[0]),
+        show_examples(loaded.cohort, predictors, scored),
         title="Captions of what was seen",
         subtitle=f"brainfm caption, model {model.name}",
         notes=_notes(loaded, settings),
@@ -135,24 +116,6 @@ def write_scores(
         write_text(root / "report.html", page.render()),
     )
     return UnitResult(outputs=outputs, notes=_notes(loaded, settings), seed=settings.seed)
-
-
-def list_measures(loaded: Loaded) -> list[Measure]:
-    """The scores that are computed."""
-
-    def cosine(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-        own = loaded.sentences.sentences([text or "." for text in candidates])
-        flat = loaded.sentences.sentences([text for said in references for text in said])
-        ends = np.cumsum([len(said) for said in references])
-        return np.array([float((flat[end - len(said) : end] @ one).mean()) for one, said, end in zip(own, references, ends, strict=True)])
-
-    return [
-        Measure(
-            name="sentence cosine",
-            meaning=f"cosine of sentence vectors ({loaded.sentences.name}), mean over the references of a picture",
-            of=cosine,
-        )
-    ]
 
 
 def _models(said: Mapping[str, Mapping[str, Any]]) -> list[Predictor]:
@@ -211,117 +174,57 @@ def _ceilings(loaded: Loaded, said: Mapping[str, Mapping[str, Any]], truth: Path
         table = _bayes(truth)
         if (table["caption"] != "n/a").all():
             known = table.set_index(["participant_id", "stim_id"])["caption"]
-            bayes = Predictor(name="generator's own likelihood", role="ceiling")
+            bayes = Predictor(name=_TRUTH, role="ceiling")
             for name, rows in pictures.items():
                 bayes.captions[name] = [(picture, str(known[name, picture])) for picture in rows]
             found.append(bayes)
     return found
 
 
-def _score(
-    loaded: Loaded, predictors: Sequence[Predictor], measures: Sequence[Measure], names: Sequence[str], counts: NDArray[np.int64]
-) -> list[dict[str, Any]]:
-    """Rows of metrics.json: every predictor for every participant and for their mean, and the model's lead over each floor."""
-    place = {name: number for number, name in enumerate(names)}
-    means: dict[tuple[int, str, str], tuple[float, NDArray[np.float64]]] = {}
-    rows = []
-    people = list(predictors[0].captions)
-    for number, one in enumerate(predictors):
-        for participant, said in one.captions.items():
-            references = one.references.get(participant) or [loaded.cohort.stimuli[picture].captions for picture, _ in said]
-            where = np.array([place[picture] for picture, _ in said])
-            for measure in measures:
-                values = measure.of([text for _, text in said], references)
-                means[number, participant, measure.name] = (float(values.mean()), _resampled(values, where, counts))
-        for measure in measures:
-            parts = [means[number, participant, measure.name] for participant in people]
-            means[number, "mean", measure.name] = (
-                float(np.mean([part[0] for part in parts])),
-                np.mean([part[1] for part in parts], axis=0),
-            )
-    for number, one in enumerate(predictors):
-        for participant in (*people, "mean"):
-            scores = {measure.name: _interval(*means[number, participant, measure.name]) for measure in measures}
-            row: dict[str, Any] = {"name": one.name, "role": one.role, "average": one.average, "participant": participant, "scores": scores}
-            if one.role == "floor":
-                pairs = {
-                    measure.name: (means[0, participant, measure.name], means[number, participant, measure.name]) for measure in measures
-                }
-                row["difference"] = {name: _interval(first[0] - other[0], first[1] - other[1]) for name, (first, other) in pairs.items()}
-            rows.append(row)
-    return rows
-
-
 def _retrieval(
     loaded: Loaded,
     said: Mapping[str, Mapping[str, Any]],
-    predictors: Sequence[Predictor],
     names: Sequence[str],
     counts: NDArray[np.int64],
     vectors: _Vectors,
+    settings: CaptionSettings,
     truth: Path | None,
 ) -> list[dict[str, Any]]:
-    """Rank of the own picture among a participant's test pictures: by the brain's vector, by the caption, by ridge, by perfect knowledge."""
+    """The own picture among a participant's test pictures: by the brain's vector, by what was said, by ridge, by perfect knowledge."""
     import torch
 
-    rows = []
     place = {name: number for number, name in enumerate(names)}
-    floors = {one.name: one for one in predictors}
+    ranked, candidates = [], {}
     for participant, one in said.items():
-        pictures = [row["stimulus"] for row in one["captions"]]
+        pictures = [str(row["stimulus"]) for row in one["captions"]]
+        candidates[participant] = [place[name] for name in pictures]
         wanted = vectors.pictures(pictures)
-        found: list[tuple[str, PredictorRole, NDArray[np.float64]]] = []
-        own = list(range(len(pictures)))
-        spoken = {"what it said": [row["caption"] for row in one["captions"]]}
-        if loaded.record.contrast_with == "sentences":
-            brains = torch.tensor([row["vector"] for row in one["captions"]])
-            found.append(("the brain's vector", "model", retrieval_ranks(brains, wanted, own).numpy()))
-            if "single_trials" in one:
-                brains = torch.tensor([row["vector"] for row in one["single_trials"]])
-                where = [pictures.index(row["stimulus"]) for row in one["single_trials"]]
-                ranks = retrieval_ranks(brains, wanted, where).numpy()
-                averaged = np.array([ranks[np.array(where) == number].mean() for number in own])
-                rows.append(
-                    _rank_row("the brain's vector, single trials", "model", participant, averaged, ranks, pictures, place, counts, where)
-                )
-        found += [
-            (name, "model", retrieval_ranks(loaded.sentences.sentences([text or "." for text in texts]), wanted, own).numpy())
-            for name, texts in spoken.items()
-        ]
-        if "ridge to nearest training caption" in floors:
-            found.append(
-                ("ridge to sentence vectors", "floor", retrieval_ranks(vectors.ridge(participant, one["role"])[1], wanted, own).numpy())
-            )
-        ranks_of_truth = _true_ranks(truth, participant, pictures)
-        if ranks_of_truth is not None:
-            found.append(("generator's own likelihood", "ceiling", ranks_of_truth))
-        found.append(("chance", "floor", np.full(len(pictures), (len(pictures) + 1) / 2)))
-        rows += [_rank_row(name, role, participant, ranks, ranks, pictures, place, counts, own) for name, role, ranks in found]
-    return rows
 
+        def add(
+            name: str, role: PredictorRole, found: Tensor, seen: Sequence[int], *, participant: str = participant, wanted: Tensor = wanted
+        ) -> None:
+            ranked.append(Ranked(name=name, role=role, participant=participant, own=tuple(seen), similarity=similarity(found, wanted)))
 
-def _rank_row(
-    name: str,
-    role: PredictorRole,
-    participant: str,
-    by_picture: NDArray[np.float64],
-    ranks: NDArray[np.float64],
-    pictures: Sequence[str],
-    place: Mapping[str, int],
-    counts: NDArray[np.int64],
-    own: Sequence[int],
-) -> dict[str, Any]:
-    first = np.full(len(ranks), 1 / len(pictures)) if name == "chance" else (ranks <= 1).astype(float)
-    where = np.array([place[pictures[number]] for number in own])
-    return {
-        "participant": participant,
-        "name": name,
-        "role": role,
-        "candidates": len(pictures),
-        "first": _interval(float(first.mean()), _resampled(first, where, counts)),
-        "mean_rank": round(float(by_picture.mean()), 4),
-        "percentile": round(float(((len(pictures) - ranks) / max(1, len(pictures) - 1)).mean()), 5),
-    }
+        for key, suffix in (("captions", "repeats averaged"), ("single_trials", "single trials")):
+            rows = one.get(key, [])
+            if not rows:
+                continue
+            seen = [pictures.index(row["stimulus"]) for row in rows]
+            if loaded.record.contrast_with == "sentences":
+                add(f"the brain's vector, {suffix}", "model", torch.tensor([row["vector"] for row in rows]), seen)
+            add(f"what was said, {suffix}", "model", loaded.sentences.sentences([row["caption"] or "." for row in rows]), seen)
+        everything = list(range(len(pictures)))
+        if "ridge" in settings.floors:
+            add(_RIDGE, "floor", vectors.ridge(participant, one["role"])[1], everything)
+        ranks = _true_ranks(truth, participant, pictures)
+        if ranks is not None:  # as similarities that give these ranks
+            best = np.zeros((len(pictures), len(pictures)))
+            for row, rank in enumerate(ranks):
+                others = [column for column in everything if column != row]
+                best[row, row] = 0.5
+                best[row, others[: round(rank - 1)]] = 1.0
+            ranked.append(Ranked(name=_TRUTH, role="ceiling", participant=participant, own=tuple(everything), similarity=best))
+    return rank_pictures(ranked, candidates, counts, floor=_RIDGE, ceiling=_TRUTH)
 
 
 def _true_ranks(truth: Path | None, participant: str, pictures: Sequence[str]) -> NDArray[np.float64] | None:
@@ -380,41 +283,6 @@ class _Vectors:
     def _know(self, texts: Sequence[str]) -> None:
         new = sorted(set(texts) - set(self._targets))
         self._targets |= dict(zip(new, self._loaded.sentences.sentences(new), strict=True))
-
-
-def _resamples(pictures: int, settings: CaptionSettings) -> NDArray[np.int64]:
-    """(resamples, pictures) how often each picture is drawn."""
-    draw = np.random.default_rng(settings.seed).multinomial
-    return draw(pictures, np.full(pictures, 1 / pictures), size=settings.bootstraps)
-
-
-def _resampled(values: NDArray[np.float64], where: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(resamples,) means over items whose pictures were drawn; all items of a picture come together."""
-    weights = counts[:, where].astype(float)
-    total = weights.sum(1)
-    return np.where(total > 0, weights @ values / np.where(total > 0, total, 1.0), values.mean())
-
-
-def _interval(value: float, resampled: NDArray[np.float64]) -> dict[str, float]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"value": round(value, 5), "low": round(float(low), 5), "high": round(float(high), 5)}
-
-
-def _examples(loaded: Loaded, predictors: Sequence[Predictor], measure: Measure, count: int = 9) -> pd.DataFrame:
-    model = predictors[0]
-    rows = []
-    for participant, said in model.captions.items():
-        references = [loaded.cohort.stimuli[picture].captions for picture, _ in said]
-        values = measure.of([text for _, text in said], references)
-        for number, (picture, text) in enumerate(said):
-            others = {
-                one.name: one.captions[participant][number][1] for one in predictors if one.role == "floor" and participant in one.captions
-            }
-            rows.append((values[number], participant, picture, references[number][0], text, *others.values()))
-        names = list(others)
-    rows.sort(key=lambda row: -row[0])
-    kept = [rows[int(place)] for place in np.unique(np.linspace(0, len(rows) - 1, count).round())]
-    return pd.DataFrame([row[1:] for row in kept], columns=["participant", "picture", "said by people", "said by the model", *names])
 
 
 def _notes(loaded: Loaded, settings: CaptionSettings) -> tuple[str, ...]:

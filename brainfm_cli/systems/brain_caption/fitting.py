@@ -29,6 +29,7 @@ from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.image_split import ImageSplit, ImageSplitSettings, extend_split, refuse_same_pictures
 from brainfm_cli.learning.loop import OptimiserSettings, TrainingPlan, TrainingResult, train
 from brainfm_cli.learning.splits import participant_hash
+from brainfm_cli.learning.text_scores import cider
 from brainfm_cli.learning.voxel_samples import PersonTrials, TrialBatches, select_trials
 from brainfm_cli.models.voxel_encoder import Viewer
 from brainfm_cli.provenance import package_versions
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
     from brainfm_cli.models.causal_language import CausalLanguageModel
     from brainfm_cli.models.language import TextEncoder
 
-Cider = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
-"""CIDEr of candidates against the references of each."""
 _JUDGED_TOKENS = 24
 
 
@@ -204,7 +203,7 @@ def prepare_person(
             torch.manual_seed(seed)
             captioner.model.add(name, Viewer(places_mm=torch.from_numpy(np.array(space.places_mm))))
         captioner.viewers = captioner.viewers | {name: ViewerRecord.of(space)}
-    own = tuple(f"encoder.{part}.{name}" for name in participants for part in ("people", "first"))
+    own = tuple(f"encoder.{part}.{name}" for name in participants for part in ("people", "first", "whole"))
     for name, parameter in captioner.model.named_parameters():
         parameter.requires_grad_(name in own)
     source = _batches(cohort, split, participants, captioner.fit, batch_size=batch_size, seed=seed, share=share)
@@ -352,14 +351,12 @@ def _judge(captioner: AlignedCaptioner, cohort: VoxelCohort, source: TrialBatche
     """CIDEr of the judged pictures, where it chooses the epoch."""
     if captioner.fit.judge == "loss":
         return None
-    from brainfm_cli.learning.text_scores import cider
-
-    return partial(_score, captioner, cohort, source.validation_trials, cider)
+    return partial(_score, captioner, cohort, source.validation_trials)
 
 
-def _score(captioner: AlignedCaptioner, cohort: VoxelCohort, trials: Sequence[PersonTrials], cider: Cider) -> float:
+def _score(captioner: AlignedCaptioner, cohort: VoxelCohort, trials: Sequence[PersonTrials]) -> float:
     """CIDEr of what the captioner says of single validation trials."""
     viewings = [one for person in trials for one in list_viewings(person, "none")]
     spoken = speak(captioner, cohort, viewings, max_tokens=_JUDGED_TOKENS)
     references = [cohort.stimuli[one.viewing.name].captions for one in spoken]
-    return cider([one.caption for one in spoken], references)
+    return cider([one.caption for one in spoken], references).value() or 0.0

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brainfm_cli.learning.text_scores import own_ranks
 from brainfm_cli.systems.brain_caption.decoding import list_viewings, scaled_responses
 
 if TYPE_CHECKING:
@@ -91,11 +90,6 @@ def fit_ridge(
             best = (score, penalty, weights)
     assert best is not None  # noqa: S101  (there are penalties)
     return RidgeDecoder(participant=training.participant, training=x, weights=best[2], offset=offset, penalty=best[1])
-
-
-def retrieval_ranks(vectors: Tensor, pictures: Tensor, own: Sequence[int]) -> Tensor:
-    """(items,) rank of each item's own picture (row ``own`` of ``pictures``) by cosine, the middle rank of ties; 1 is best."""
-    return torch.from_numpy(own_ranks((functional.normalize(vectors.float(), dim=1) @ pictures.T).cpu().numpy(), own))
 
 
 def _averages(scale: VoxelScale, cohort: VoxelCohort, viewings: Sequence[Viewing], at_once: int = 64) -> Tensor:
