@@ -16,9 +16,10 @@ from brainfm_cli.errors import CheckpointMismatchError
 from brainfm_cli.learning.checkpoints import ViewerRecord, load_weights, read_model_config
 from brainfm_cli.learning.voxel_samples import TrialBatch
 from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
+from brainfm_cli.models.graphs import hashed_normal, hashed_uniform
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
 from brainfm_cli.models.q_former import BrainBridge, QFormerShape, same_image_contrast
-from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, cut_voxels
+from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, choose_hidden_patches, cut_voxels
 from brainfm_cli.programs.assets import find_asset, known_assets, locate
 from brainfm_cli.systems.brain_caption.encoder import BrainCaption, BrainCaptionSettings
 
@@ -28,6 +29,7 @@ Q_FORMERS: dict[str, QFormerShape] = {
     "base": QFormerShape(num_queries=16, width=256, num_layers=4, num_heads=4),
     "large": QFormerShape(),
 }
+_HIDE, _NOISE = 1, 2  # streams of the hashed random numbers
 _MOST_TOKENS = 40  # of a caption in training
 
 
@@ -68,6 +70,10 @@ class CaptionFitSettings(Frozen):
     """Temperature of the contrast."""
     contrast_epochs: float = Field(default=0.0, ge=0)
     """First epochs that train on the contrast alone (BLIP-2's first stage): a hundred times cheaper than epochs through the language model."""
+    hidden_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of patches that each training trial hides, others in every epoch: against learning single voxels by heart."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise added to z-scored voxels in training, new in every epoch."""
     language_items: int | None = Field(default=None, ge=1)
     """Trials of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
     encoder_frozen: float = Field(default=0.1, ge=0, le=1)
@@ -129,9 +135,9 @@ class CaptionModule(nn.Module):
         """Vectors for the language model and unit vectors for contrast, from (batch, voxels) responses as stored."""
         return self.read(participant, self.scale(participant, responses))
 
-    def read(self, participant: str, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from scaled responses."""
-        encoding = self.encoder(cut_voxels(participant, scaled, self.encoder.real(participant)))
+    def read(self, participant: str, scaled: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same from scaled responses, of which ``hidden`` (batch, patches) are not seen."""
+        encoding = self.encoder(cut_voxels(participant, scaled, self.encoder.real(participant)), hidden)
         return self.bridge(torch.cat([encoding.summary[:, None], encoding.tokens], dim=1))
 
 
@@ -180,7 +186,7 @@ class AlignedCaptioner:
         validating = epoch == float("inf")
         self._epoch = self._epoch if validating else epoch
         self.language.to(batch.responses.device)
-        prefix, brains = self.model(batch.participant, batch.responses)
+        prefix, brains = self._read(batch) if self.model.training else self.model(batch.participant, batch.responses)
         terms: dict[str, Tensor] = {}
         if self.fit.alignment and self.targets:
             wanted = batch.names if self.by_image else batch.captions
@@ -195,6 +201,17 @@ class AlignedCaptioner:
             if validating:
                 self._language_losses.append(float(terms["language"]))
         return terms
+
+    def _read(self, batch: TrialBatch) -> tuple[Tensor, Tensor]:
+        """As in use, with what is hidden and the noise of training; both depend on the trial and the epoch alone."""
+        scaled = self.model.scale(batch.participant, batch.responses)
+        if self.fit.noise:
+            scaled = scaled + self.fit.noise * hashed_normal(batch.keys, (scaled.shape[1],), stream=_NOISE)
+        hidden = None
+        if self.fit.hidden_share:
+            scores = hashed_uniform(batch.keys, (len(self.model.encoder.real(batch.participant)),), stream=_HIDE)
+            hidden = choose_hidden_patches(scores, self.fit.hidden_share)
+        return self.model.read(batch.participant, scaled, hidden)
 
     def judge(self, epoch: int) -> float | None:  # noqa: ARG002  (the state of training says it)
         """What is smallest in the best epoch: minus CIDEr of validation pictures, or the language model's loss."""
