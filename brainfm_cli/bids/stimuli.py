@@ -206,7 +206,7 @@ def read_stimuli(dataset: Path, settings: StimulusSettings) -> StimulusBook:
         column = "nsdId" if nsd and "nsdId" in frame else next((name for name in _NAME_COLUMNS if name in frame), None)
         if column is None:
             raise InputDatasetError("the stimulus table names no stimuli", where=table, fix="add a column stim_id")
-        said = [name for name in frame if _CAPTION_COLUMN.fullmatch(name)]
+        said = [str(name) for name in frame if _CAPTION_COLUMN.fullmatch(str(name))]
         for values in frame.to_dict("records"):
             name = str(values[column])
             fields[name] = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brainfm_cli.bids.derivatives import write_json, write_tsv
-from brainfm_cli.bids.images import sidecar, write_image, write_series
+from brainfm_cli.bids.images import Space, sidecar, write_image, write_series
 from brainfm_cli.bids.inputs import in_selection, list_participants, run_key, walk_files
 from brainfm_cli.bids.names import output_name, parse_name
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
@@ -177,7 +177,7 @@ def write_trials(
             volume[mask] = response
             yield volume
 
-    form = "template" if space.startswith("MNI") else "scanner"
+    form: Space = "template" if space.startswith("MNI") else "scanner"
     described = {
         "TrialOrder": "row i of the table of trials is volume i",
         **({"SpatialReference": space} if space.startswith("MNI") else {}),

@@ -243,9 +243,9 @@ class _Run(lightning.LightningModule):
         settings = self._plan.optimiser
         decayed = [p for p in self.module.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in self.module.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         if isinstance(self._system, Staged):
-            groups = [{**group, "params": [p], "name": self._names[id(p)]} for group in groups for p in group["params"]]  # type: ignore[union-attr]
+            groups = [{**group, "params": [p], "name": self._names[id(p)]} for group in groups for p in group["params"]]
         # the fused kernel cannot be unscaled and clipped with 16-bit gradient scaling
         fused = str(self.trainer.precision) != "16-mixed" and self.device.type in {"cpu", "cuda"}
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError
@@ -52,10 +52,11 @@ class Generated:
 class CausalLanguageModel:
     """A frozen decoder with its tokenizer; not a module, so that no training state ever holds its weights."""
 
-    def __init__(self, name: str, tokenizer: Any, model: nn.Module) -> None:  # noqa: ANN401
+    def __init__(self, name: str, tokenizer: Any, model: Any) -> None:  # noqa: ANN401
         self.name = name
         self._tokenizer = tokenizer
-        self._model: Any = model.eval().requires_grad_(False)  # noqa: FBT003
+        model.eval().requires_grad_(False)  # noqa: FBT003
+        self._model: Any = model
         self._embedding: Any = self._model.get_input_embeddings()
         ids = self._tokenizer.convert_tokens_to_ids("<|im_end|>") if self._tokenizer.eos_token_id is None else self._tokenizer.eos_token_id
         self.end = int(ids)
@@ -106,12 +107,12 @@ class CausalLanguageModel:
             ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])[: longest - int(end)]
             rows.append([*ids, self.end] if end else ids)
         most = max((len(row) for row in rows), default=0)
-        ids = torch.full((len(rows), most), self.end, dtype=torch.long)
+        padded = torch.full((len(rows), most), self.end, dtype=torch.long)
         valid = torch.zeros(len(rows), most, dtype=torch.bool)
         for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+            padded[place, : len(row)] = torch.tensor(row, dtype=torch.long)
             valid[place, : len(row)] = True
-        return Tokens(ids=ids, valid=valid)
+        return Tokens(ids=padded, valid=valid)
 
     def vectors(self, ids: Tensor) -> Tensor:
         """(…, width) vectors of token numbers."""

@@ -89,6 +89,7 @@ class BrainBridge(nn.Module):
         self.to_language = nn.Linear(shape.width, language_width)
         self.to_contrast = nn.Linear(shape.width, contrast_width)
         # a number that belongs to the language model: kept with the weights
+        self.token_norm: Tensor
         self.register_buffer("token_norm", torch.tensor(token_norm))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -318,7 +318,7 @@ def _feature_weights(settings: ViewingSettings) -> NDArray[np.float64]:
     if settings.caption_file is None:
         return np.array([_SALIENCE[grammar.SLOTS[slot]] for slot in grammar.feature_slots()])
     count = len(_text_features_of(settings.caption_file))
-    return (1.0 + np.arange(count)) ** -0.25
+    return np.asarray((1.0 + np.arange(count)) ** -0.25, np.float64)
 
 
 def _feature_variances(settings: ViewingSettings) -> NDArray[np.float64]:
@@ -360,7 +360,7 @@ def _smooth_fields(positions: NDArray[np.float32], count: int, length_mm: float,
     waves = generator.standard_normal((count, _WAVES, 3)) / length_mm
     phases = generator.uniform(0, 2 * np.pi, (count, _WAVES))
     sizes = generator.standard_normal((count, _WAVES)) * np.sqrt(2 / _WAVES)
-    return np.stack([np.cos(positions @ waves[k].T + phases[k]) @ sizes[k] for k in range(count)], axis=1)
+    return np.stack([np.cos(positions @ waves[k].T + phases[k]) @ sizes[k] for k in range(count)], axis=1).astype(np.float64)
 
 
 def _solve_noise(viewer: Viewer, values: NDArray[np.float32]) -> NDArray[np.float32]:

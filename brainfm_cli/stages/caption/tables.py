@@ -175,7 +175,7 @@ def rank_pictures(
     table = pd.DataFrame(rows)
     for name in roles:
         means = table[table["name"] == name][["candidates", "mean_rank", "percentile"]].mean()
-        rows.append({"participant": "mean", "name": name, **means.to_dict()})
+        rows.append({"participant": "mean", "name": name, **{str(key): value for key, value in means.items()}})
     for row in rows:
         whose = people if row["participant"] == "mean" else [row["participant"]]
         own = [first[row["name"], person] for person in whose]

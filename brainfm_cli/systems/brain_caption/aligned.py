@@ -66,6 +66,8 @@ class CaptionFitSettings(Frozen):
     """Captions of a picture that training draws from, the first ones; all where unset."""
     contrast_weight: float = Field(default=0.1, gt=0)
     """Weight of the contrast beside the language model's loss."""
+    contrast_target: Literal["caption", "picture"] = "caption"
+    """What sentences a brain is contrasted with: the one caption that was sampled, or the mean vector of the captions that may be."""
     temperature: float = Field(default=0.07, gt=0)
     """Temperature of the contrast."""
     contrast_epochs: float = Field(default=0.0, ge=0)

@@ -43,7 +43,7 @@ from brainfm_cli.systems.brain_caption.aligned import (
 )
 from brainfm_cli.systems.brain_caption.decoding import list_viewings, speak
 from brainfm_cli.systems.brain_caption.encoder import BrainCaption
-from brainfm_cli.systems.brain_caption.floors import CaptionBank
+from brainfm_cli.systems.brain_caption.floors import CaptionBank, picture_vectors
 from brainfm_cli.systems.brain_caption.pretraining import fit_scale
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def prepare_alignment(
         width = len(next(iter(pictures.values())))
     captioner = build_captioner(encoder, fit, language, contrast_width=width, seed=seed)
     if fit.alignment:
-        captioner.targets, captioner.by_image = (targets, False) if pictures is None else (pictures, True)
+        captioner.targets, captioner.by_image = _sentence_targets(fit, captions, targets) if pictures is None else (pictures, True)
     captioner.score = _judge(captioner, cohort, source)
     record = CaptionRecord(
         language_model=language.name,
@@ -210,7 +210,7 @@ def prepare_person(
     captions = {name: source.captions_of(name) for one in (*source.trials, *source.validation_trials) for name in one.names}
     targets = sentence_targets(sentences, [text for said in captions.values() for text in said])
     if captioner.fit.alignment and record.contrast_with == "sentences":
-        captioner.targets = targets
+        captioner.targets, captioner.by_image = _sentence_targets(captioner.fit, captions, targets)
     captioner.fit = captioner.fit.model_copy(update={"contrast_epochs": 0.0})
     captioner.score = _judge(captioner, cohort, source)
     config = _with_split(read_model_config(model_dir), split).model_copy(
@@ -329,6 +329,15 @@ def _batches(
         seed=seed,
         captions_per_image=fit.captions_per_image,
     )
+
+
+def _sentence_targets(
+    fit: CaptionFitSettings, captions: Mapping[str, Sequence[str]], targets: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], bool]:
+    """Vectors by caption or, as means, by picture; and whether it is by picture."""
+    if fit.contrast_target == "caption":
+        return targets, False
+    return dict(zip(captions, picture_vectors(list(captions), captions, targets), strict=True)), True
 
 
 def _one_trial_each(trials: PersonTrials, most: int) -> PersonTrials:
