@@ -6,7 +6,9 @@ are part of no checkpoint, but gradients pass through it to the vectors in front
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,7 +221,8 @@ def load_language_model(source: Path, *, name: str | None = None, dtype: torch.d
     options: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": packed} if packed else {"use_safetensors": True})
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **({"gguf_file": packed} if packed else {}), local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of a second or two that nothing else turns off
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointMismatchError(
             f"the language model '{called}' cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",

@@ -9,14 +9,14 @@ import torch
 
 from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError
 from brainfm_cli.models.causal_language import CausalLanguageModel, load_language_model
-from tests.models.tiny_language import write_llama
+from tests.models.tiny_language import trained_llama
 
 SAID = ["A red dog on a table in the kitchen.", "A cat."]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"), steps=150)
+def folder() -> Path:
+    return trained_llama()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_a_prefix_learns_to_make_the_model_speak(language: CausalLanguageModel) 
     torch.manual_seed(0)
     prefix = (0.1 * torch.randn(2, 6, language.width)).requires_grad_()
     said = language.tokens(SAID)
-    optimiser = torch.optim.Adam([prefix], lr=0.1)
-    for _ in range(500):
+    optimiser = torch.optim.Adam([prefix], lr=0.05)
+    for _ in range(300):
         optimiser.zero_grad()
         loss = language.loss(prefix, said).mean()
         loss.backward()

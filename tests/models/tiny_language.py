@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_llama(folder: Path, *, seed: int = 0, width: int = 48, steps: int = 0) -> Path:
-    """A random Llama, which nothing in front of it can steer; with ``steps`` it has learnt the captions of the grammar."""
+    """A random Llama, which nothing in front of it can steer; with ``steps`` it has learnt to put words of the grammar into a sentence."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(words()) + 3, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
@@ -69,15 +73,29 @@ def write_llama(folder: Path, *, seed: int = 0, width: int = 48, steps: int = 0)
     generator = np.random.default_rng(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
-        said = [grammar.captions(scene, 1, generator)[0] + "<end>" for scene in grammar.draw_scenes(32, generator)]
-        batch = words_to_ids(said, padding=True, return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        said = [grammar.captions(scene, 1, generator)[0] for scene in grammar.draw_scenes(32, generator)]
+        asked = [" ".join(generator.permutation(text.strip(".").split())) for text in said]  # words in any order, then the sentence
+        ids = [words_to_ids(f"{one} ? {text}<end>", add_special_tokens=False)["input_ids"] for one, text in zip(asked, said, strict=True)]
+        own = [len(words_to_ids(f"{one} ?", add_special_tokens=False)["input_ids"]) for one in asked]
+        longest = max(map(len, ids))
+        batch = torch.tensor([row + [1] * (longest - len(row)) for row in ids])
+        labels = batch.masked_fill(batch == 1, -100)
+        for row, count in enumerate(own):
+            labels[row, :count] = -100
         optimiser.zero_grad()
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        model(input_ids=batch, attention_mask=(batch != 1).long(), labels=labels).loss.backward()
         optimiser.step()
     model.save_pretrained(folder)
     words_to_ids.save_pretrained(folder)
     return folder
+
+
+@cache
+def trained_llama() -> Path:
+    """A Llama that has learnt to speak, made once per process (10 s)."""
+    folder = Path(tempfile.mkdtemp(prefix="brainfm-llama-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_llama(folder, steps=500)
 
 
 def write_bert(folder: Path, *, seed: int = 1, width: int = 32) -> Path:

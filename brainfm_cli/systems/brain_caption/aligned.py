@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError
@@ -70,6 +71,9 @@ class CaptionFitSettings(Frozen):
     """What sentences a brain is contrasted with: the one caption that was sampled, or the mean vector of the captions that may be."""
     temperature: float = Field(default=0.07, gt=0)
     """Temperature of the contrast."""
+    word_weight: float = Field(default=0.0, ge=0)
+    """Weight of a loss that makes the vectors in front of the language model resemble the token vectors of the caption's rarer words, in every
+    epoch, the first ones included. It costs next to nothing and spares most epochs through the language model; not in the published design."""
     contrast_epochs: float = Field(default=0.0, ge=0)
     """First epochs that train on the contrast alone (BLIP-2's first stage): a hundred times cheaper than epochs through the language model."""
     hidden_share: float = Field(default=0.0, ge=0, lt=1)
@@ -143,6 +147,45 @@ class CaptionModule(nn.Module):
         return self.bridge(torch.cat([encoding.summary[:, None], encoding.tokens], dim=1))
 
 
+class CaptionWords:
+    """Tokens of the training captions as vectors of the language model: which of them a caption holds can be read off the prefix.
+
+    A query names a token with the softmax of their cosines; a token is named if any query names it. The loss is minus the log-probability of
+    each token of the caption, rare ones (inverse document frequency) weighing more; those of every caption weigh nothing.
+    """
+
+    def __init__(self, language: CausalLanguageModel, captions: Sequence[str], *, temperature: float) -> None:
+        self._language, self._temperature = language, temperature
+        tokens = language.tokens(sorted(set(captions)), longest=_MOST_TOKENS, end=False)
+        held = [set(row[valid].tolist()) for row, valid in zip(tokens.ids, tokens.valid, strict=True)]
+        self.ids = torch.tensor(sorted(set().union(*held)))
+        self._place = {int(token): place for place, token in enumerate(self.ids)}
+        often = torch.zeros(len(self.ids))
+        for row in held:
+            often[[self._place[token] for token in row]] += 1
+        self.weights = (len(held) / often).log()
+        self._known: dict[str, Tensor] = {}
+
+    def loss(self, prefix: Tensor, captions: Sequence[str]) -> Tensor:
+        """Of (batch, queries, width) vectors and the caption of each; tokens that training never had count for nothing."""
+        device = prefix.device
+        vectors = functional.normalize(self._language.vectors(self.ids.to(self._language.device)).float(), dim=1).to(device)
+        named = (functional.normalize(prefix.float(), dim=2) @ vectors.T / self._temperature).log_softmax(dim=2).exp()
+        missed = torch.log1p(-named.clamp_max(1 - 1e-6)).sum(dim=1)  # no query names the token
+        weights = torch.stack([self._weights_of(text) for text in captions]).to(device)
+        found = torch.log(-torch.expm1(missed.clamp_max(-1e-7)))
+        return -(weights * found).sum() / weights.sum().clamp_min(1e-6)
+
+    def _weights_of(self, text: str) -> Tensor:
+        if text not in self._known:
+            tokens = self._language.tokens([text], longest=_MOST_TOKENS, end=False).ids[0].tolist()
+            row = torch.zeros(len(self.ids))
+            places = [self._place[token] for token in tokens if token in self._place]
+            row[places] = self.weights[places]
+            self._known[text] = row
+        return self._known[text]
+
+
 @dataclass(kw_only=True)
 class AlignedCaptioner:
     """A brain captioner with what is needed to train it and to let it speak."""
@@ -161,6 +204,8 @@ class AlignedCaptioner:
     """Vector that a caption (or a picture, by name) is contrasted with; only for training."""
     by_image: bool = False
     """Whether :attr:`targets` are of pictures."""
+    words: CaptionWords | None = None
+    """Words of the training captions, where these are learnt too."""
     score: Callable[[], float] | None = None
     """CIDEr of what the model now says of the judged pictures."""
     _epoch: float = 0.0
@@ -174,7 +219,7 @@ class AlignedCaptioner:
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
-        return {"language": 1.0, "contrast": self.fit.contrast_weight}
+        return {"language": 1.0, "contrast": self.fit.contrast_weight, "words": self.fit.word_weight}
 
     def rate_factor(self, name: str, progress: float) -> float:
         """A pretrained encoder trains later and slower than the bridge, unless the bridge is frozen, as when a person is added."""
@@ -196,6 +241,8 @@ class AlignedCaptioner:
             terms["contrast"] = same_image_contrast(brains, others, batch.images, temperature=self.fit.temperature)
             found = batch.images[(brains.detach() @ others.T).argmax(dim=1)] == batch.images
             terms["monitor_told_apart"] = found.float().mean()
+        if self.words is not None and self.fit.word_weight:
+            terms["words"] = self.words.loss(prefix, batch.captions)
         if not self._contrast_alone:
             most = self.fit.language_items
             said = self.language.tokens(batch.captions[:most], longest=_MOST_TOKENS).to(prefix.device)

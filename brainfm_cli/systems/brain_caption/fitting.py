@@ -37,6 +37,7 @@ from brainfm_cli.systems.brain_caption.aligned import (
     AlignedCaptioner,
     CaptionFitSettings,
     CaptionRecord,
+    CaptionWords,
     build_captioner,
     load_captioner,
     sentence_targets,
@@ -156,6 +157,8 @@ def prepare_alignment(
     captioner = build_captioner(encoder, fit, language, contrast_width=width, seed=seed)
     if fit.alignment:
         captioner.targets, captioner.by_image = _sentence_targets(fit, captions, targets) if pictures is None else (pictures, True)
+    if fit.word_weight:
+        captioner.words = CaptionWords(language, bank.captions, temperature=fit.temperature)
     captioner.score = _judge(captioner, cohort, source)
     record = CaptionRecord(
         language_model=language.name,
