@@ -58,13 +58,23 @@ def run_fold(root: Path, trials: Path, fold: int, seed: int, llm: str, arguments
     sizes = ["system.preset=nano", "batch_size=16", "epochs=10", "optimiser.learning_rate=0.002"]
     _brainfm("pretrain", trials, out / "pretrained", "group", "--system", "brain-caption", "--device", "cpu", "--set", *sizes, *split)
     (model,) = (out / "pretrained" / "models").iterdir()
-    fit = ["fit.judge=loss", "fit.contrast_epochs=20", "fit.encoder_frozen=0", "fit.encoder_rate=1", f"llm={llm}"]
+    fit = [
+        "fit.judge=loss",
+        "fit.contrast_epochs=20",
+        "fit.contrast_weight=1",
+        "fit.word_weight=1",
+        "fit.language_reaches=projection",
+        "fit.encoder_frozen=0",
+        "fit.encoder_rate=1",
+        "fit.hidden_share=0.2",
+        f"llm={llm}",
+    ]
     schedule = [
         f"schedule.epochs={arguments.epochs}",
         "schedule.batch_size=16",
         "schedule.patience=null",
         "schedule.optimiser.learning_rate=0.002",
-        "schedule.optimiser.final_fraction=0.3",
+        "schedule.optimiser.final_fraction=0.6",
     ]
     _brainfm("align", trials, out / "aligned", "group", "--model", model, "--device", "cpu", "--set", *fit, *schedule)
     (model,) = (out / "aligned" / "models").iterdir()
@@ -135,7 +145,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=4)
     arguments = parser.parse_args()
     source, trials = write_derivative(arguments.data, arguments.out / "derivative"), arguments.out / "trials"
-    estimate = ["single_trial.motion=false", "single_trial.mask=null", f"stimuli.template={TEMPLATE}"]
+    estimate = ["space=T1w", "single_trial.motion=false", f"stimuli.template={TEMPLATE}"]
     for level in ("participant", "group"):
         _brainfm("parcellate", source, trials, level, "--trials", "--set", *estimate)
     index = pd.read_parquet(trials / "cohort" / "trials.parquet").set_index("row")

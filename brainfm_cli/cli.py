@@ -73,6 +73,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option("--system", help="brain-graph, drug-response or brain-caption.")], None),
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
+    "reader_study": (Annotated[Path | None, typer.Option("--reader-study", help="group: analyse this table of doctors' readings instead (docs/reader_study.md).")], None),
+    "lock": (Annotated[bool, typer.Option("--lock", help="group: lock the participants' predictions, with hash and date, before outcomes exist.")], False),
     "chat": (Annotated[Strings, typer.Option("--chat", help="Questions, each in quotes, answered in words for every picture or scan.")], ()),
     "kind": (Annotated[str | None, typer.Option("--kind", help="rest, drug or viewing.")], None),
     "sim_level": (Annotated[str | None, typer.Option("--level", help="raw (as scanned), bold (voxel images) or series (packed region series).")], None),
@@ -226,9 +228,9 @@ def prompt_tune(call: Invocation) -> int:
     return prompt_tune(call)
 
 
-@command("predict", levels=("participant", "group"), options=("model", "target", "reports_only", *TRAIN))
+@command("predict", levels=("participant", "group"), options=("model", "target", "reader_study", "lock", "reports_only", *TRAIN))
 def predict(call: Invocation) -> int:
-    """Apply a model to participants; group evaluates it beside its floors."""
+    """Apply a model to participants; group evaluates it beside its floors, locks predictions, or analyses doctors' readings."""
     from brainfm_cli.stages.predict import PredictSettings, predict
 
     return predict(call, PredictSettings.read(call.config, call.overrides))
@@ -357,6 +359,8 @@ def _invocation(name: str, levels: Sequence[str], values: dict[str, Any]) -> Inv
         target=values.get("target"),
         dry_run=values.get("dry_run", False),
         reports_only=values.get("reports_only", False),
+        reader_study=values.get("reader_study"),
+        lock=values.get("lock", False),
         validate_input=values.get("validate", False),
         passthrough=values["context"].obj or (),
         arguments=tuple(sys.argv[1:]),

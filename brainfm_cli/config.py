@@ -144,6 +144,10 @@ class Invocation(Frozen):
     """Print the plan and stop."""
     reports_only: bool = False
     """Rebuild reports from existing results."""
+    reader_study: Path | None = None
+    """Table of readings that is analysed instead of a model's predictions."""
+    lock: bool = False
+    """Lock predictions with hash and date, and stop."""
     validate_input: bool = False
     """Run the BIDS validator on the input first."""
     passthrough: tuple[str, ...] = ()

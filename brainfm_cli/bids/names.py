@@ -83,6 +83,8 @@ group_qc.*
 metrics.json
 predictions.tsv
 interaction.json
+locked_predictions.*
+reader_study.json
 explanation
 few-shot
 zero-shot

@@ -279,7 +279,9 @@ class _Learner(nn.Module):
         label_of = {int(person): float(label) for person, label in zip(people, labels, strict=True)}
         rows = np.flatnonzero(np.isin(self._inputs.owner, people))
         values = [label_of[int(person)] for person in self._inputs.owner[rows]]
-        return select_rows(self._inputs.graphs, torch.from_numpy(rows)), torch.tensor(values, device=self.bias.device, dtype=self.bias.dtype)
+        return select_rows(self._inputs.graphs, torch.from_numpy(rows)), torch.tensor(
+            values, device=self.bias.device, dtype=self.bias.dtype
+        )
 
 
 def _loss(log_odds: Tensor, labels: Tensor) -> Tensor:

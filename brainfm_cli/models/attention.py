@@ -92,7 +92,13 @@ _PIECE = 1 << 18
 
 
 def _trained_on_cpu(qkv: Tensor) -> bool:
-    return qkv.device.type == "cpu" and not _twice.get() and qkv.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return (
+        qkv.device.type == "cpu"
+        and not _twice.get()
+        and qkv.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 class _InPieces(torch.autograd.Function):

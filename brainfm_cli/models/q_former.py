@@ -92,10 +92,13 @@ class BrainBridge(nn.Module):
         self.token_norm: Tensor
         self.register_buffer("token_norm", torch.tensor(token_norm))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, queries, language width) vectors as long as token vectors on average, and (batch, contrast width) unit vectors."""
+    def forward(self, tokens: Tensor, *, projection_alone: bool = False) -> tuple[Tensor, Tensor]:
+        """(batch, queries, language width) vectors as long as token vectors on average, and (batch, contrast width) unit vectors.
+
+        With ``projection_alone`` the gradient of the former reaches the last linear layer and no further.
+        """
         queries = self.q_former(tokens)
-        prefix = functional.normalize(self.to_language(queries), dim=-1) * self.token_norm
+        prefix = functional.normalize(self.to_language(queries.detach() if projection_alone else queries), dim=-1) * self.token_norm
         return prefix, functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
 
 

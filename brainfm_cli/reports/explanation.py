@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from markupsafe import Markup
 
-    from brainfm_cli.learning.explanation import Explanation, Maps
+    from brainfm_cli.learning.attributions import Explanation, Maps
     from brainfm_cli.learning.scores import Score
     from brainfm_cli.records import RegionTable
 

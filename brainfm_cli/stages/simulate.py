@@ -148,7 +148,12 @@ def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) ->
         labels = {index: _label(settings, index) for index in _indices(settings)}
         return [
             *(
-                Unit(name=f"sub-{label}", inputs=(), work=write_viewing_person, arguments={"root": root, "settings": settings, "index": index})
+                Unit(
+                    name=f"sub-{label}",
+                    inputs=(),
+                    work=write_viewing_person,
+                    arguments={"root": root, "settings": settings, "index": index},
+                )
                 for index, label in labels.items()
             ),
             Unit(name="group", inputs=(), work=write_viewing_group, arguments={"root": root, "settings": settings}),

@@ -11,16 +11,8 @@ import torch
 from torch import nn
 
 from brainfm_cli.errors import UnsupportedStageError
-from brainfm_cli.learning.explanation import (
-    Attribution,
-    ExplanationSettings,
-    FoldExplainer,
-    Modality,
-    agreement,
-    integrated_gradients,
-    mean_maps,
-    summarise,
-)
+from brainfm_cli.learning.attributions import Attribution, ExplanationSettings, agreement, mean_maps, summarise
+from brainfm_cli.learning.explanation import FoldExplainer, Modality, integrated_gradients
 from brainfm_cli.learning.head_fit import FittedHead
 from brainfm_cli.learning.samples import Windows
 from brainfm_cli.models.graphs import correlate

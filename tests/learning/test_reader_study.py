@@ -75,7 +75,7 @@ def test_agreement_is_the_mean_kappa_of_pairs(tmp_path: Path):
     )
     table["score"] = pd.cut(table["score"], [-9, -0.5, 0.5, 1.0, 9], labels=False)
     found = study(table, tmp_path).agreement[0]
-    wide = {column: table[table["arm"] == ALONE].pivot(index="case", columns="reader", values=column).to_numpy() for column in ("score", "decision")}  # fmt: skip
+    wide = {column: table[table["arm"] == ALONE].pivot_table(index="case", columns="reader", values=column).to_numpy() for column in ("score", "decision")}  # fmt: skip
     pairs = [(0, 1), (0, 2), (1, 2)]
     assert found.pairs == 3
     assert found.kappa.value == pytest.approx(

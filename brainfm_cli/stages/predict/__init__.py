@@ -17,12 +17,14 @@ from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
+from brainfm_cli.learning.attributions import ExplanationSettings
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.draws import FewShotSettings
 from brainfm_cli.learning.evaluation import EvaluationSettings
-from brainfm_cli.learning.explanation import ExplanationSettings, FoldExplainer
+from brainfm_cli.learning.explanation import FoldExplainer
 from brainfm_cli.learning.floors import FloorSettings
+from brainfm_cli.learning.reading_table import ReaderStudySettings
 from brainfm_cli.learning.results import EvaluationResult, Metrics, Truth
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import DesignSettings, participant_hash
@@ -85,6 +87,8 @@ class PredictSettings(Settings):
     """group: learning curves, the model tuned again on few people beside the floors on the same few."""
     text: TextSettings = TextSettings()
     """For a model of 'brainfm align': which disorders people are scored for, and by which texts."""
+    reader_study: ReaderStudySettings = ReaderStudySettings()
+    """group with --reader-study: how doctors' readings are analysed."""
     seed: int = 0
     """Seed of the random encoder."""
 
@@ -101,9 +105,17 @@ class _Loaded:
 
 
 def predict(call: Invocation, settings: PredictSettings) -> int:
-    """Apply or evaluate; gives back the exit code."""
+    """Apply, evaluate, lock, or analyse readings; gives back the exit code."""
+    if call.reader_study is not None:
+        from brainfm_cli.stages.predict.reader_study import study_readers
+
+        return study_readers(call, settings, settings.reader_study)
     if call.model is None:
         raise UsageError("predict needs a model", fix="give --model OUT/models/<id> of 'brainfm prompt-tune'")
+    if call.lock:
+        from brainfm_cli.stages.predict.locking import lock_predictions
+
+        return lock_predictions(call, settings)
     if read_model_config(call.model).alignment:
         from brainfm_cli.stages.predict.texts import predict_by_text
 

@@ -111,7 +111,7 @@ def _people(result: EvaluationResult, table: pd.DataFrame, settings: ArmSettings
     for column in (settings.column, *settings.covariates):
         require_column(table, column)
     rows = table.loc[list(result.people)]
-    arm = rows[settings.column].map(class_text).to_numpy()
+    arm = rows[settings.column].map(class_text).to_numpy(dtype=np.str_)
     covariates = rows[list(settings.covariates)].apply(pd.to_numeric, errors="coerce")
     lacking = (arm == "") | covariates.isna().any(axis=1).to_numpy()
     if lacking.any():

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 
 from brainfm_cli.bids.derivatives import write_json, write_tsv
-from brainfm_cli.learning.explanation import Explanation, Maps, mean_maps, summarise
+from brainfm_cli.learning.attributions import Explanation, Maps, mean_maps, summarise
 from brainfm_cli.reports.explanation import explanation_sections
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from brainfm_cli.learning.explanation import ExplanationSettings, FoldExplainer
+    from brainfm_cli.learning.attributions import ExplanationSettings
+    from brainfm_cli.learning.explanation import FoldExplainer
     from brainfm_cli.learning.results import Metrics
     from brainfm_cli.records import RegionTable
     from brainfm_cli.reports.page import Section
@@ -59,7 +60,7 @@ def read_sections(root: Path, metrics: Metrics, regions: dict[str, RegionTable])
         times = (
             {}
             if by_time is None
-            else {name: _grid(part, regions[one.atlas]) for name, part in _of(by_time, one).groupby("modality", sort=False)}
+            else {str(name): _grid(part, regions[one.atlas]) for name, part in _of(by_time, one).groupby("modality", sort=False)}
         )
         maps[one.atlas, str(one.baseline)] = Maps(
             regions={str(name): part["share"].to_numpy(float) for name, part in mine.groupby("modality", sort=False)},

@@ -9,6 +9,7 @@ import torch
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import UnsupportedStageError
+from brainfm_cli.learning.joined import Joined
 from brainfm_cli.learning.networks import NetworkPredictor, NetworkSettings
 from brainfm_cli.learning.samples import list_scans, whole_scans
 from brainfm_cli.models.graphs import correlate, fisher_z
@@ -77,9 +78,10 @@ def _made(kind: Rival, system: Any, atlas: str, regions: int) -> tuple[Callable[
         return connectivity_rows, partial(BrainNetworkTransformer, regions)
     if kind == "series-cnn":
         return standardised_series, partial(SeriesNetwork, regions)
-    if not hasattr(system, "untrained"):
+    own = system.system if isinstance(system, Joined) else system
+    if not hasattr(own, "untrained"):
         raise UnsupportedStageError("this system's encoder cannot be trained from scratch", fix="leave 'same-encoder' out of rivals.kinds")
-    return system.scaled_series, partial(system.untrained, atlas)
+    return own.scaled_series, partial(own.untrained, atlas)
 
 
 def connectivity_rows(windows: Windows) -> Tensor:

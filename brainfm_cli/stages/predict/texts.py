@@ -35,8 +35,8 @@ from brainfm_cli.learning.zero_shot import (
 )
 from brainfm_cli.reports.evaluation import evaluation_page
 from brainfm_cli.reports.zero_shot import zero_shot_page
-from brainfm_cli.systems import brain_graph_texts as alignment
 from brainfm_cli.systems import load_system
+from brainfm_cli.systems.brain_graph import texts as alignment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -36,7 +36,7 @@ from brainfm_cli.stages.prompt_tune.meta import meta_tune
 from brainfm_cli.stages.prompt_tune.participants import TuneParticipantSettings, tune_participants
 from brainfm_cli.systems import BrainGraph, load_system, read_system_settings
 from brainfm_cli.systems.brain_graph import write_text_readers
-from brainfm_cli.systems.brain_graph_texts import alignable, coupling_readers
+from brainfm_cli.systems.brain_graph.texts import alignable, coupling_readers
 
 if TYPE_CHECKING:
     from brainfm_cli.config import Execution, Invocation

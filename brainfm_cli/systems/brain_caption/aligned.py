@@ -76,6 +76,9 @@ class CaptionFitSettings(Frozen):
     epoch, the first ones included. It costs next to nothing and spares most epochs through the language model; not in the published design."""
     contrast_epochs: float = Field(default=0.0, ge=0)
     """First epochs that train on the contrast alone (BLIP-2's first stage): a hundred times cheaper than epochs through the language model."""
+    language_reaches: Literal["encoder", "projection"] = "encoder"
+    """How far the language model's gradient goes: to the Q-Former and encoder, or to the last linear layer alone, for few and small batches whose
+    gradient would undo what the contrast has taught."""
     hidden_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of patches that each training trial hides, others in every epoch: against learning single voxels by heart."""
     noise: float = Field(default=0.0, ge=0)
@@ -141,10 +144,13 @@ class CaptionModule(nn.Module):
         """Vectors for the language model and unit vectors for contrast, from (batch, voxels) responses as stored."""
         return self.read(participant, self.scale(participant, responses))
 
-    def read(self, participant: str, scaled: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(
+        self, participant: str, scaled: Tensor, hidden: Tensor | None = None, *, projection_alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The same from scaled responses, of which ``hidden`` (batch, patches) are not seen."""
         encoding = self.encoder(cut_voxels(participant, scaled, self.encoder.real(participant)), hidden)
-        return self.bridge(torch.cat([encoding.summary[:, None], encoding.tokens], dim=1))
+        tokens = torch.cat([encoding.summary[:, None], encoding.tokens], dim=1)
+        return self.bridge(tokens, projection_alone=projection_alone)
 
 
 class CaptionWords:
@@ -260,7 +266,8 @@ class AlignedCaptioner:
         if self.fit.hidden_share:
             scores = hashed_uniform(batch.keys, (len(self.model.encoder.real(batch.participant)),), stream=_HIDE)
             hidden = choose_hidden_patches(scores, self.fit.hidden_share)
-        return self.model.read(batch.participant, scaled, hidden)
+        alone = self.fit.language_reaches == "projection" and not self._contrast_alone
+        return self.model.read(batch.participant, scaled, hidden, projection_alone=alone)
 
     def judge(self, epoch: int) -> float | None:  # noqa: ARG002  (the state of training says it)
         """What is smallest in the best epoch: minus CIDEr of validation pictures, or the language model's loss."""

@@ -148,7 +148,7 @@ class SeriesPairs:
     def connectivity_vectors(self, windows: Windows) -> Tensor:
         """(batch, width) unit vectors of the connectivity."""
         correlation, _ = correlate(windows.series, windows.frames)
-        rows, columns = torch.triu_indices(*correlation.shape[1:], offset=1, device=correlation.device)
+        rows, columns = torch.triu_indices(correlation.shape[1], correlation.shape[2], offset=1, device=correlation.device)
         edges = fisher_z(correlation)[:, rows, columns]
         return functional.normalize(self.pair.connectivity[windows.atlas](edges).float(), dim=1)
 
