@@ -60,6 +60,7 @@ def batch_of(batch: int, regions: int, device: torch.device, *, frames: int = FR
         keys=torch.arange(batch, device=device) * 7919,
         dataset=torch.zeros(batch, dtype=torch.int64, device=device),
         participant=torch.arange(batch, device=device),
+        counted=torch.ones(batch, dtype=torch.bool, device=device),
     )
 
 

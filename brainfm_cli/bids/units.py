@@ -66,8 +66,8 @@ class Unit:
     """``sub-01``, ``group``, ``model-<id>``; also the record's file name."""
     inputs: tuple[Path, ...]
     """Every file whose change makes the unit stale."""
-    work: Callable[..., UnitResult]
-    """A module-level function."""
+    work: Callable[..., UnitResult | None]
+    """A module-level function; none where another process of the same training records the unit."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``work``; picklable."""
 
@@ -118,6 +118,8 @@ def do_unit(dataset: OutputDataset, unit: Unit) -> int:
         stamps = _stamps(unit)  # taken before the work: a file that changes meanwhile makes the unit stale
         dataset.write_record(UnitRecord(status="running", inputs=stamps, **common))
         result = unit.work(**unit.arguments)
+        if result is None:
+            return EXIT_OK
         record = UnitRecord(
             status="done",
             inputs=_hashed(unit, stamps),

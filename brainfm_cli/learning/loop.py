@@ -198,6 +198,7 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
         log.info("resuming after step %d", run.position.step)
     if not run.finished:
         _fit(trainer, run)
+    trainer.strategy.barrier()  # the first rank has written the best weights
     best = run.best_path if run.position.best_epoch is not None else None
     weights = read_tensors(best) if best is not None else {k: v.detach().cpu() for k, v in system.module.state_dict().items()}
     return TrainingResult(
@@ -308,7 +309,7 @@ class _Run(lightning.LightningModule):
         rate = plan.learning_rate(position.step, self._source.num_batches)
         position.step += 1
         if position.step % plan.log_every == 0 or position.step in {1, self.total_steps}:
-            values = {name: float(value) for name, value in self._row.items()}
+            values = self._averaged_row()
             if not math.isfinite(values["loss"]):
                 raise self._diverged("training")
             self.log_rows.add("train", step=position.step, epoch=position.epoch, learning_rate=rate, **values)
@@ -352,6 +353,15 @@ class _Run(lightning.LightningModule):
     def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         weights = self._system.loss_weights
         return torch.stack([weights[name] * value for name, value in terms.items() if not name.startswith(MONITOR)]).sum()
+
+    def _averaged_row(self) -> dict[str, float]:
+        """The last step's terms, averaged over ranks; terms are the same on every rank."""
+        names = sorted(self._row)
+        values = torch.stack([self._row[name].detach().double().reshape(()) for name in names])
+        if self.trainer.world_size > 1:
+            values = torch.as_tensor(self.all_gather(values)).mean(dim=0)
+        found = dict(zip(names, values.tolist(), strict=True))
+        return {name: found[name] for name in self._row}
 
     def _validation_means(self) -> dict[str, float]:
         """Means over validation batches and ranks, weighted by their sizes; a term counts where it was computed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional
@@ -22,7 +24,7 @@ def masked_node_loss(predicted: Tensor, target: Tensor, hidden: Tensor, present:
     diagonal = torch.eye(counted.shape[-1], dtype=torch.bool, device=counted.device)
     counted = counted & ~diagonal
     loss = functional.smooth_l1_loss(predicted, target, reduction="none")
-    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+    return over_ranks(torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1), counted.sum())
 
 
 def masked_edge_loss(logits: Tensor, adjacency: Tensor, hidden: Tensor, present: Tensor, scores: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def masked_edge_loss(logits: Tensor, adjacency: Tensor, hidden: Tensor, present:
     loss = functional.softplus(torch.where(edge, -logits, logits))
     positive = torch.where(edge, loss, 0.0).sum() / edge.sum().clamp_min(1)
     negative = torch.where(sampled, loss, 0.0).sum() / sampled.sum().clamp_min(1)
-    return 0.5 * (positive + negative)
+    return 0.5 * (over_ranks(positive, edge.sum()) + over_ranks(negative, sampled.sum()))
 
 
 def nt_xent(
@@ -106,14 +108,42 @@ def effective_rank(vectors: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(shares, shares).sum())
 
 
+def over_ranks(mean: Tensor, count: Tensor) -> Tensor:
+    """A rank's mean over ``count`` items, scaled so that its average over ranks is the mean over the items of all of them.
+
+    Ranks average their gradients, whatever share of the counted items each has.
+    """
+    if _alone():
+        return mean
+    counts = gather_ranks(count.detach().reshape(1).to(mean.dtype))
+    return mean * (count * len(counts) / counts.sum().clamp_min(1))
+
+
+def _alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
 def gather_ranks(x: Tensor) -> Tensor:
     """The rows of every rank, in rank order, with gradients to all of them; ``x`` itself on one rank."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _alone():
         return x
-    if not x.requires_grad:
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; each rank's rows get the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401  (torch's context)
+        ctx.rows = len(x)
         parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
         distributed.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x.contiguous()))
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        first = distributed.get_rank() * ctx.rows
+        return gradient[first : first + ctx.rows]

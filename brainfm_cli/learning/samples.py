@@ -108,6 +108,8 @@ class PretrainBatch:
     """(batch,) int64 code of the dataset."""
     participant: Tensor
     """(batch,) int64 code of the participant."""
+    counted: Tensor
+    """(batch,) bool: false for a scan that another rank has as well, so that all ranks have equally many."""
 
     def to(self, device: torch.device) -> PretrainBatch:
         """The same on a device."""
@@ -126,6 +128,8 @@ class BatchPlan:
     """Atlas of the cross-atlas view; none where there is none."""
     epoch: int
     """Epoch the windows are drawn for."""
+    repeated: int = 0
+    """How many scans at the end another rank has as well."""
 
 
 def select_participants(cohort: Cohort, where: Mapping[str, Sequence[str]], labels: Sequence[str] = ()) -> list[str]:
@@ -244,12 +248,12 @@ def plan_epoch(
 
 
 def shard(plan: BatchPlan, *, rank: int, world_size: int) -> BatchPlan:
-    """One rank's share of a batch; shares are equally large, the first scans coming twice where they must."""
+    """One rank's share of a batch; shares are equally large, the first scans coming twice, but counting once, where they must."""
     if world_size == 1:
         return plan
     size = -(-len(plan.scans) // world_size)
     wrapped = [plan.scans[place % len(plan.scans)] for place in range(rank * size, (rank + 1) * size)]
-    return replace(plan, scans=tuple(wrapped))
+    return replace(plan, scans=tuple(wrapped), repeated=min(size, max(0, (rank + 1) * size - len(plan.scans))))
 
 
 class PretrainSamples(Dataset[PretrainBatch]):
@@ -279,6 +283,7 @@ class PretrainSamples(Dataset[PretrainBatch]):
             keys=torch.tensor([_key(self.seed, plan.epoch, plan.atlas, scan.name) for scan in scans]),
             dataset=torch.tensor([self._codes[0][scan.dataset] for scan in scans]),
             participant=torch.tensor([self._codes[1][scan.participant] for scan in scans]),
+            counted=torch.arange(len(scans)) < len(scans) - plan.repeated,
         )
 
     @cached_property

@@ -184,6 +184,7 @@ def batch_of(*, crossed: bool = True, items: int = 6) -> PretrainBatch:
         keys=torch.arange(items) + 1000,
         dataset=torch.zeros(items, dtype=torch.int64),
         participant=torch.arange(items),
+        counted=torch.ones(items, dtype=torch.bool),
     )
 
 

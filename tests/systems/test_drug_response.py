@@ -206,6 +206,7 @@ def batch_of(items: int = 6) -> PretrainBatch:
         keys=torch.arange(items) + 1000,
         dataset=torch.zeros(items, dtype=torch.int64),
         participant=torch.arange(items),
+        counted=torch.ones(items, dtype=torch.bool),
     )
 
 

@@ -82,7 +82,7 @@ def align_captions(call: Invocation, model: Path, settings: AlignCaptionSettings
 
 def write_model(
     cohort_dir: Path, model: Path, folder: Path, settings: AlignCaptionSettings, execution: Execution, participants: tuple[str, ...]
-) -> UnitResult:
+) -> UnitResult | None:
     """Align on ``participants`` and write a model folder that needs no other but the language model."""
     cohort = VoxelCohort.open(cohort_dir)
     prepared = prepare_alignment(
@@ -98,7 +98,7 @@ def write_model(
     )
     result = fit_captioner(prepared, settings.schedule.plan(settings.seed), execution, folder, new_people=False)
     if not result.is_first_rank:
-        return UnitResult(outputs=(), seed=settings.seed)
+        return None
     outputs = (
         *write_captioner(prepared, result, model, folder, settings.seed),
         write_text(folder / "README.md", _card(folder.name, prepared, result)),

@@ -84,13 +84,13 @@ def align_series(call: Invocation, model: Path, settings: SeriesAlignSettings) -
 
 def write_series_model(
     cohort_dir: Path, model: Path, folder: Path, settings: SeriesAlignSettings, execution: Execution, people: tuple[str, ...]
-) -> UnitResult:
+) -> UnitResult | None:
     """Align on ``people`` and write a model folder that needs no other."""
     prepared = _prepared(model, settings, Cohort.open(cohort_dir), people)
     result = train(prepared.system, prepared.source, settings.plan, execution, folder / "checkpoints")
     if not result.is_first_rank:
         result.barrier()
-        return UnitResult(outputs=(), seed=settings.seed)
+        return None
     weights = write_tensors(folder / "model.safetensors", backbone_weights(result.weights))
     written = [
         weights,

@@ -118,13 +118,13 @@ def write_model(
     execution: Execution,
     participants: tuple[str, ...],
     base: Path | None,
-) -> UnitResult:
+) -> UnitResult | None:
     """Pretrain on ``participants``, or add atlases to ``base``, and write the model folder with its card and report."""
     cohort = Cohort.open(cohort_dir)
     prepared = _prepared(factory, settings, cohort, participants, base)
     result, files = pretrain_model(prepared, settings, execution, folder)
     if not result.is_first_rank:
-        return UnitResult(outputs=(), seed=settings.seed)
+        return None
     outputs = (
         *files,
         write_text(folder / "README.md", model_card(folder.name, prepared, settings, result, factory.kind)),

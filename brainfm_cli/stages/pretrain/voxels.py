@@ -61,12 +61,12 @@ def write_model(
     split: ImageSplitSettings,
     execution: Execution,
     participants: tuple[str, ...],
-) -> UnitResult:
+) -> UnitResult | None:
     """Pretrain on ``participants`` and write the model folder with its card and report."""
     prepared = prepare(factory, settings, split, VoxelCohort.open(cohort_dir), participants)
     result, evaluation, files = pretrain_encoder(prepared, settings, execution, folder)
     if not result.is_first_rank:
-        return UnitResult(outputs=(), seed=settings.seed)
+        return None
     outputs = (
         *files,
         write_text(folder / "README.md", _card(folder.name, prepared, evaluation, result, settings)),

@@ -72,7 +72,7 @@ def tune_participants(call: Invocation, model: Path, settings: TuneParticipantSe
 
 def write_model(
     cohort_dir: Path, model: Path, folder: Path, settings: TuneParticipantSettings, execution: Execution, participants: tuple[str, ...]
-) -> UnitResult:
+) -> UnitResult | None:
     """Add ``participants`` to the model, everything else unchanged, and write a model folder."""
     record = CaptionRecord.from_values(read_model_config(model).alignment, where=model / "config.yaml")
     prepared = prepare_person(
@@ -87,7 +87,7 @@ def write_model(
     )
     result = fit_captioner(prepared, settings.schedule.plan(settings.seed), execution, folder, new_people=True)
     if not result.is_first_rank:
-        return UnitResult(outputs=(), seed=settings.seed)
+        return None
     trials = sum(len(one.rows) for one in prepared.source.trials)
     card = (
         f"# {folder.name}\n\nThe aligned model `{model.name}` with {', '.join(participants)} added by `brainfm prompt-tune` on {trials} trials "

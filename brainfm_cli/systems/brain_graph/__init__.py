@@ -320,16 +320,21 @@ class BrainGraph:
         whole, hidden, first = self._masked(batch.first, batch.keys, ratio, _HIDE_FIRST)
         _, _, second = self._masked(batch.second, batch.keys, ratio, _HIDE_SECOND)
         encoded, other_window = self.model.encode(first), self.model.encode(self._perturb(second, batch.keys))
-        terms = self._reconstruction(whole, hidden, encoded, batch.keys)
+        terms = self._reconstruction(whole, hidden & batch.counted[:, None], encoded, batch.keys)
         scope = {"dataset": objectives.gather_ranks(batch.dataset), "participant": objectives.gather_ranks(batch.participant)}
+        counted = objectives.gather_ranks(batch.counted)
         anchor = self.model.contrast(encoded.readout)
         anchors = objectives.gather_ranks(anchor)
         positives = objectives.gather_ranks(self.model.contrast(other_window.readout))
-        terms["contrast"] = objectives.nt_xent(anchors, positives, temperature=settings.temperature, **scope)
+        terms["contrast"] = objectives.nt_xent(anchors, positives, temperature=settings.temperature, valid=counted, **scope)
         if batch.crossed and settings.cross_atlas > 0:
             vectors, valid = self._other_atlas(batch, anchor)
             terms["cross_atlas"] = objectives.nt_xent(
-                anchors, objectives.gather_ranks(vectors), temperature=settings.temperature, valid=objectives.gather_ranks(valid), **scope
+                anchors,
+                objectives.gather_ranks(vectors),
+                temperature=settings.temperature,
+                valid=counted & objectives.gather_ranks(valid),
+                **scope,
             )
         return terms | {
             "monitor_hidden_share": hidden.sum() / whole.present.sum().clamp_min(1),

@@ -279,11 +279,13 @@ class DrugResponse:
             choose_hidden_patches(patches.usable, scores, ratio=masking.ratio, masking="random"),
         )
         predicted, spectrum, encoding = self.model.series.reconstruct(patches, hidden)
-        loss = masked_patch_loss(predicted, patches, hidden)
-        power = masked_patch_loss(torch.zeros_like(predicted), patches, hidden)
+        judged = hidden & batch.counted[:, None, None]
+        count = (judged & patches.usable).sum()
+        loss = masked_patch_loss(predicted, patches, judged)
+        power = masked_patch_loss(torch.zeros_like(predicted), patches, judged)
         return {
-            "patch": loss,
-            "spectrum": masked_spectrum_loss(spectrum, patches, hidden),
+            "patch": objectives.over_ranks(loss, count),
+            "spectrum": objectives.over_ranks(masked_spectrum_loss(spectrum, patches, judged), count),
             "monitor_explained_share": 1 - loss.detach() / power.clamp_min(1e-12),
             "monitor_hidden_share": hidden.sum() / patches.usable.sum().clamp_min(1),
             "monitor_window_seconds": batch.first.seconds.mean(),

@@ -134,7 +134,12 @@ class SeriesPairs:
         """The contrast, the reconstruction, and ``monitor_…`` values."""
         first, second = self.series_vectors(batch.first), self.connectivity_vectors(batch.second)
         contrast = objectives.nt_xent(
-            first, second, dataset=batch.dataset, participant=batch.participant, temperature=self.settings.temperature
+            objectives.gather_ranks(first),
+            objectives.gather_ranks(second),
+            dataset=objectives.gather_ranks(batch.dataset),
+            participant=objectives.gather_ranks(batch.participant),
+            temperature=self.settings.temperature,
+            valid=objectives.gather_ranks(batch.counted),
         )
         return {"contrast": contrast, **self.given.losses(batch, epoch=epoch), "monitor_own_first": _own_first(first, second)}
 
