@@ -1,0 +1,1 @@
+"""Brain MRI and language: a masked encoder of scans, tuned for what hospitals ask."""
