@@ -169,7 +169,8 @@ def choose(shared: Blocks, candidates: Sequence[Sequence[Blocks]], outcome: Outc
         Component(blocks=mix, penalty=PENALTIES[row], weight=weight / total, scale=eligible[step_, mix, row][1])
         for (step_, mix, row), weight in kept.items()
     )
-    average = sum(weight / total * eligible[key][1] * tables[key[0], key[1]][key[2]] for key, weight in kept.items())
+    base = _base(outcome, folds)
+    average = base + sum(weight / total * eligible[key][1] * (tables[key[0], key[1]][key[2]] - base) for key, weight in kept.items())
     by_mix: dict[str, float] = {}
     for (_, mix, _), (correlation, _) in eligible.items():
         by_mix["+".join(mix)] = max(by_mix.get("+".join(mix), -1.0), correlation)
@@ -238,6 +239,15 @@ def _held_out_tables(
                 inside, outside = (np.mean([pair[side] for pair in pairs], axis=0) for side in (0, 1))
                 tables.setdefault((step, mix), np.full(shape, np.nan))[:, validation] = _ridge_path(inside, outside, part)
     return tables
+
+
+def _base(outcome: Outcome, folds: Folds) -> Matrix:
+    """(people, outputs) what scaled scores spread around: of a continuous target the mean of each fold's training people, as in the fit."""
+    base = np.full(outcome.targets().shape, np.nan)
+    for training, validation in folds:
+        part = outcome.take(training)
+        base[validation] = (part.weights() / part.weights().sum()) @ part.targets() if outcome.num_classes == 0 else 0.0
+    return base
 
 
 def _mixes(names: Iterable[str]) -> list[tuple[str, ...]]:
