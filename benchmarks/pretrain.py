@@ -5,6 +5,7 @@ by the rate of large matrix products kept up over a second, measured just before
 The median over calls of time / floor is reported. A training step is two windows with all losses, backward, clipping and AdamW.
 
     python benchmarks/pretrain.py --regions 100 200 333 --batch 64 --preset base --dropout 0 0.2
+    python benchmarks/pretrain.py --account  # operations per graph and projected hours on a GPU, without one
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from brainfm_cli.models import attention
 from brainfm_cli.systems.brain_graph import BrainGraphSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 FRAMES = 200
 COUNTED = 4
@@ -108,8 +109,11 @@ def counted_flops(work: Callable[[], None]) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+Calls = dict[str, tuple["Callable[[], None]", "Callable[[], None]"]]
+
+
+def calls_of(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str) -> Calls:
+    """Forward pass and training step: the call on the whole batch, and that on a few graphs whose operations are counted."""
     settings = BrainGraphSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
     torch.manual_seed(0)
     system = settings.build({"A": AtlasRecord(template="T", regions=tuple(f"r{i}" for i in range(regions)))})
@@ -137,11 +141,30 @@ def measure(regions: int, batch: int, preset: str, dropout: float, device: torch
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
 
+    return {"forward": (forward, counted_forward), "step": (step, lambda: step(few))}
+
+
+def account(regions: int, preset: str, *, graphs: int, epochs: int, peak_tflops: float, shares: Sequence[float]) -> dict[str, Any]:
+    """Operations per graph, and the hours that a training takes on a card of ``peak_tflops`` at shares of its peak. Nothing is timed."""
+    calls = calls_of(regions, COUNTED, preset, 0.0, torch.device("cpu"), precision="fp32")
+    per_graph = {name: counted_flops(counted) / COUNTED for name, (_, counted) in calls.items()}
+    hours = per_graph["step"] * graphs * epochs / (peak_tflops * 1e12) / 3600
+    return {
+        "regions": regions,
+        "preset": preset,
+        **{f"{name}_gflops_per_graph": round(value / 1e9, 3) for name, value in per_graph.items()},
+        **{f"hours_at_{share:.0%}": round(hours / share, 3) for share in shares},
+    }
+
+
+def measure(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+
     def rate() -> float:
         return matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     row: dict[str, Any] = {"regions": regions, "batch": batch, "preset": preset, "dropout": dropout}
-    for name, work, counted in (("forward", forward, counted_forward), ("step", step, lambda: step(few))):
+    for name, (work, counted) in calls_of(regions, batch, preset, dropout, device, precision=precision).items():
         operations = counted_flops(counted) * batch / COUNTED  # counted on a few graphs, because it takes as long as running
         seconds, mean, ratio = beside_floor(work, operations, rate, device, repeats=repeats)
         row |= {
@@ -167,8 +190,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--account", action="store_true", help="count operations and project hours; nothing is timed")
+    parser.add_argument("--graphs", type=int, default=400_000, help="of the projected training")
+    parser.add_argument("--epochs", type=int, default=12, help="of the projected training")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of the card; 989 is an H100 SXM")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.43], help="of the peak")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.account:
+        size = {"graphs": arguments.graphs, "epochs": arguments.epochs, "peak_tflops": arguments.peak_tflops, "shares": arguments.shares}
+        for regions in arguments.regions:
+            print(json.dumps(account(regions, arguments.preset, **size)), flush=True)
+        return
     device = choose_device(arguments.device)
     rows = []
     for dropout in arguments.dropout:
