@@ -64,6 +64,7 @@ def participant_page(label: str, result: EmbeddedResult, *, notes: Sequence[str]
         notes=(*result.notes, *notes),
         sections=(
             _anatomy(result.outputs),
+            *_others(result.outputs),
             *(_run(result.outputs, key.name) for key in keys),
             Section(
                 title="Gates",
@@ -150,6 +151,33 @@ def _anatomy(outputs: Sequence[Path]) -> Section:
     )
     pictures.append(_picture(mosaic(placed, [lines], placed_zooms, inside=placed_brain), caption, "Registration to the template"))
     return Section(title="Structure", lead="Rows are axial, coronal and sagittal cuts.", blocks=tuple(pictures))
+
+
+def _others(outputs: Sequence[Path]) -> tuple[Section, ...]:
+    """The other sequences in the reference's space, with lines of the reference."""
+    reference = parse_name(_find(outputs, "anat", "preproc", space=None).name)[1]
+    brain = _load(_find(outputs, "anat", "brain", space=None))[0] > 0
+    lines, about = [_edge(brain, "red")], "the brain mask (red)"
+    if any(parse_name(path.name)[1] == "dseg" for path in outputs):
+        lines += _tissue_edges(_load(_find(outputs, "anat", None, suffix="dseg", space=None))[0])
+        about += ", white matter (yellow) and CSF (green)"
+    pictures = []
+    for path in outputs:
+        entities, suffix, extension = parse_name(path.name)
+        if (
+            path.parent.name == "anat"
+            and extension == ".nii.gz"
+            and entities.get("space") == reference
+            and entities.get("desc") == "preproc"
+        ):
+            image, zooms = _load(path)
+            named = " ".join([*(f"{key}-{value}" for key, value in entities.items() if key not in {"sub", "space", "desc"}), suffix])
+            shown = mosaic(image, lines, zooms, inside=brain)
+            pictures.append(
+                _picture(shown, f"{named} in the space of the {reference}, with lines of that image: {about}.", f"Alignment of {named}")
+            )
+    lead = f"Lines come from the {reference} and must follow the brain in the other sequences."
+    return (Section(title="Other sequences", lead=lead, blocks=tuple(pictures)),) if pictures else ()
 
 
 def _run(outputs: Sequence[Path], name: str) -> Section:

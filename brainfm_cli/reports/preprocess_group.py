@@ -36,13 +36,15 @@ QC_COLUMNS: dict[str, str] = {
     "brain_ml": "Volume of the brain mask in millilitres.",
     "template_correlation": "Correlation of the structural image with the template inside the brain.",
     "template_dice": "Overlap (Dice) of the brain mask with the template's.",
+    "sequence_alignment": "Least ratio, over the other sequences, of mutual information with the reference to the largest when displaced.",
     "flagged_for": f"Less than {MIN_STEADY_MINUTES:g} still minutes, and columns more than 3.5 robust z-scores on the bad side.",
 }
 """Columns of the group's quality table, with their descriptions."""
-MEASURES = ("tsnr", "brain_ml", "template_correlation", "template_dice")
+MEASURES = ("tsnr", "brain_ml", "template_correlation", "template_dice", "sequence_alignment")
 """Columns that come from images, not from the confounds table."""
 _SIDES = {
     "mean_fd": 1, "moving_fraction": 1, "mean_std_dvars": 1, "tsnr": -1, "brain_ml": 0, "template_correlation": -1, "template_dice": -1,
+    "sequence_alignment": -1,
 }  # fmt: skip
 _DPI, _COLOURS = 90, 192
 _MOST_ROWS = 300
@@ -116,6 +118,7 @@ def _dots(frame: pd.DataFrame, flagged: np.ndarray) -> tuple[Markup, ...]:
     labels = {
         "mean_fd": "mean FD (mm)", "moving_fraction": "share of moving frames", "mean_std_dvars": "mean standardised DVARS",
         "tsnr": "tSNR", "brain_ml": "brain mask (ml)", "template_correlation": "correlation with template", "template_dice": "Dice with template",
+        "sequence_alignment": "alignment of sequences",
     }  # fmt: skip
     names = [name for name in labels if frame[name].notna().any()]
     if not names:

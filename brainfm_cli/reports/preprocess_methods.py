@@ -86,6 +86,12 @@ def methods_paragraph(facts: Mapping[str, Any], *, bold: bool) -> str:
         f"removed by the algorithm of N4; {_EXTRACTION[facts['method']]}. {tissues}The brain was registered to {facts['template']} "
         f"({facts['template_source']}) by affine and SyN registration in antspyx."
     )
+    if facts["others"]:
+        named, several = " and ".join(facts["others"]), len(facts["others"]) > 1
+        anatomy += (
+            f" {named} {'were each' if several else 'was'} registered rigidly to it by mutual information, and resampled into its space and, "
+            "through both transforms, the template's."
+        )
     if not bold:
         return anatomy
     timing = "slices were moved to the middle of the acquisition by quintic splines, " if facts["slice_timing"] else ""
@@ -102,8 +108,10 @@ def cited(facts: Mapping[str, Any], *, bold: bool) -> tuple[Citation, ...]:
     """Works that the paragraph rests on."""
     keys = ["nipype", "n4", *(["deepbet"] if facts["method"] == "deepbet" else [])]
     keys += [*(["mixture"] if facts["tissues"] else []), "syn", "template"]
+    if bold or facts["others"]:
+        keys += ["information"]
     if bold:
-        keys += ["realignment", "information", "power", "rmsd", "compcor", "fmriprep"]
+        keys += ["realignment", "power", "rmsd", "compcor", "fmriprep"]
     return tuple(_WORKS[key] for key in keys)
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import mutual_info_score
 
 from brainfm_cli.errors import InputDatasetError, MissingProgramError
 from brainfm_cli.programs.embedded import brain, itk, template
-from brainfm_cli.programs.embedded.gates import check_brain, dice, template_gates
+from brainfm_cli.programs.embedded.gates import check_brain, dice, sequence_gates, template_gates
 from brainfm_cli.programs.embedded.grids import box_around, coarser, moved_affine, on_grid, read_ras
 from brainfm_cli.programs.embedded.settings import EmbeddedSettings
 from brainfm_cli.signals.transforms import itk_text, rigid
@@ -167,6 +167,21 @@ def test_gates_say_what_they_want(generator: np.random.Generator) -> None:
     shuffled[inside] = generator.permutation(shuffled[inside])
     for modality in ("T1w", "FLAIR"):
         assert not template_gates(shuffled, inside, AFFINE, model, settings, modality=modality)[0].passed
+
+
+@pytest.mark.parametrize("displaced", [(0, 0, 0), (3, 0, 0), (0, -4, 0), (0, 0, 4)])
+def test_another_sequence_must_lie_on_the_reference(generator: np.random.Generator, displaced: tuple[int, int, int]) -> None:
+    labels = tissues(SHAPE, AFFINE)
+    inside = (labels > 0) & (labels < 4)
+    image = t1w(labels, generator)
+    other = np.where(inside, 1500 - t1w(labels, generator), 1).astype(np.float32)  # dark and bright change places, as in FLAIR
+    zoom = float(np.linalg.norm(AFFINE[:3, 0]))
+    coverage, alignment = sequence_gates(image, np.roll(other, displaced, (0, 1, 2)), inside, zoom)
+    assert coverage.value == pytest.approx(1)
+    assert alignment.passed is (displaced == (0, 0, 0))
+    few = np.where(np.arange(SHAPE[2]) == SHAPE[2] // 2, other, 0).astype(np.float32)
+    (coverage,) = sequence_gates(image, few, inside, zoom)
+    assert not coverage.passed
 
 
 def test_dice() -> None:

@@ -19,13 +19,13 @@ from brainfm_cli.reports.preprocess_methods import as_bibtex, as_markdown, cited
 from tests.programs.heads import AFFINE, SHAPE, t1w, tissues
 
 FACTS = {
-    "reference": "T1w", "averaged": 1, "method": "deepbet", "template": "MNI152NLin2009cAsym", "template_source": "TemplateFlow", "slice_timing": True, "tissues": True,
+    "reference": "T1w", "averaged": 1, "method": "deepbet", "template": "MNI152NLin2009cAsym", "template_source": "TemplateFlow", "slice_timing": True, "tissues": True, "others": [],
 }  # fmt: skip
 CODES = np.array([0, 3, 1, 2, 0], np.uint8)  # labels of the test head to those of a dseg
 SPACE = "space-MNI152NLin2009cAsym_res-2_"
 
 
-def result_of(out: Path, generator: np.random.Generator, *, bold: bool) -> EmbeddedResult:
+def result_of(out: Path, generator: np.random.Generator, *, bold: bool, flair: bool = False) -> EmbeddedResult:
     """What the engine would publish of the test head."""
     written = []
     for place, shape, affine in (("", SHAPE, AFFINE), (SPACE, *output_grid(2))):
@@ -38,6 +38,9 @@ def result_of(out: Path, generator: np.random.Generator, *, bold: bool) -> Embed
             write_image(anat / f"sub-01_{place}dseg.nii.gz", CODES[labels], affine),
         ]
     gates = {"anat": tuple({"name": name, "meaning": name, "value": 0.9, "low": 0.5, "high": None, "unit": "", "passed": True} for name in ("template_correlation", "template_dice"))}  # fmt: skip
+    if flair:
+        own = tissues(SHAPE, AFFINE)
+        written.append(write_image(anat / "sub-01_space-T1w_desc-preproc_FLAIR.nii.gz", 1500 - t1w(own, generator), AFFINE))
     if bold:
         stem = out / "sub-01" / "func" / "sub-01_task-rest_"
         mean, frames = t1w(labels, generator), 12
@@ -104,7 +107,18 @@ def test_the_carpet_is_detrended_and_scaled(generator: np.random.Generator) -> N
     np.testing.assert_allclose(carpet_rows(bright, 2)[:, 2:], carpet_rows(series, 2)[:, 2:], atol=1e-3)
 
 
+def test_other_sequences_are_shown(tmp_path: Path, generator: np.random.Generator) -> None:
+    page = participant_page("01", result_of(tmp_path, generator, bold=False, flair=True)).render()
+    assert page.count("<figure>") == 4
+    assert "Other sequences" in page
+    assert "Alignment of FLAIR" in page
+
+
 def test_methods_say_what_was_done() -> None:
+    several = methods_paragraph({**FACTS, "others": ["FLAIR", "T2w"]}, bold=False)
+    assert "FLAIR and T2w were each registered rigidly" in several
+    assert "registered rigidly" not in methods_paragraph(FACTS, bold=False)
+    assert "information" in {work.key for work in cited({**FACTS, "others": ["FLAIR"]}, bold=False)}
     whole = methods_paragraph(FACTS, bold=True)
     assert "slices were moved" in whole
     assert "distortion was not corrected" in whole

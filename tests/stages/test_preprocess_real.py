@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from brainfm_cli.programs.validator import validate
@@ -114,6 +115,17 @@ def test_sequences_of_one_head_are_brought_together(test_data: Path, tmp_path: P
     done = preprocess(test_data / "bids_glioma", tmp_path / "out", "--anat-only", "--participant-label", "TCGADU7294")
     assert done.code == 0
     assert listing(done.out) == golden("bids_glioma_anat")
+    validate(done.out)
+    page = (done.out / "sub-TCGADU7294.html").read_text()
+    assert all(f"Alignment of {name}" in page for name in ("ce-gadolinium T1w", "T2w", "FLAIR"))
+    group = subprocess.run(
+        [sys.executable, "-m", "brainfm_cli", "preprocess", str(test_data / "bids_glioma"), str(done.out), "group", "--anat-only"],
+        check=True,
+    )
+    assert group.returncode == 0
+    (row,) = pd.read_csv(done.out / "group_qc.tsv", sep="\t").to_dict("records")
+    assert (row["participant_id"], row["run"]) == ("sub-TCGADU7294", "T1w")
+    assert row["sequence_alignment"] > 1
     validate(done.out)
     mask = nib.load(one(done, "sub-TCGADU7294_desc-brain_mask.nii.gz"))
     inside = mask.get_fdata() > 0

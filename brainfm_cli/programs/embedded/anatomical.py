@@ -13,7 +13,7 @@ from brainfm_cli.bids.images import write_image
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.programs.embedded import brain, itk
 from brainfm_cli.programs.embedded.bias import fit_bias
-from brainfm_cli.programs.embedded.gates import Gate, check_brain, template_gates
+from brainfm_cli.programs.embedded.gates import Gate, check_brain, sequence_gates, template_gates
 from brainfm_cli.programs.embedded.grids import box_around, coarser, moved_affine, on_grid, read_ras
 from brainfm_cli.programs.embedded.mixture import tissue_probabilities
 from brainfm_cli.programs.embedded.template import Template, load_template, output_grid
@@ -170,17 +170,27 @@ def resample(
     return {name: str(path) for name, path in images.items()}, [gate.as_row() for gate in gates]
 
 
-def align_other(folder: Path, image: str, reference: str, mask: str, seed: int) -> tuple[str, str]:
-    """Another sequence of the same head in the reference's space: the resampled image, and the transform as ITK text's ``.h5``."""
+def align_other(folder: Path, image: str, reference: str, mask: str, seed: int) -> tuple[str, str, list[dict[str, Any]]]:
+    """Another sequence of the same head in the reference's space: the resampled image, the transform as ITK text's ``.h5``, gates.
+
+    Raises
+    ------
+    InputDatasetError
+        The two images share more when one of them is displaced.
+    """
     moving, moving_affine = read_ras(Path(image))
     fixed, affine = read_ras(Path(reference))
-    near = ndimage.binary_dilation(coarser(read_ras(Path(mask))[0], affine, _FIT_MM)[0] > 0.5, iterations=4)
+    inside = coarser(read_ras(Path(mask))[0], affine, _FIT_MM)[0] > 0.5
+    near = ndimage.binary_dilation(inside, iterations=4)
     forward, _ = itk.register(
         coarser(fixed, affine, _FIT_MM), coarser(moving, moving_affine, _FIT_MM), "Rigid", folder,
         name="rigid", seed=seed, fixed_mask=np.asarray(near, bool), options=_RIGID,
     )  # fmt: skip
     moved = itk.warp(moving, moving_affine, fixed.shape, affine, [forward]).clip(0)
-    return str(write_image(folder / "image.nii", moved, affine)), str(forward)
+    gates = sequence_gates(coarser(fixed, affine, _FIT_MM)[0], coarser(moved, affine, _FIT_MM)[0], inside, _FIT_MM)
+    write_json(folder / "gates.json", [gate.as_row() for gate in gates])
+    _refuse_failed(gates, what=f"{Path(image).name}: ")
+    return str(write_image(folder / "image.nii", moved, affine)), str(forward), [gate.as_row() for gate in gates]
 
 
 def move_other(folder: Path, image: str, forward: str, gates: Sequence[dict[str, Any]], settings: EmbeddedSettings) -> str:  # noqa: ARG001
@@ -212,10 +222,12 @@ def _extract_with(
     return brain.template_mask(values, affine, load_template(template), folder, seed=seed)
 
 
-def _refuse_failed(gates: Sequence[Gate]) -> None:
+def _refuse_failed(gates: Sequence[Gate], *, what: str = "") -> None:
     for gate in gates:
         if not gate.passed:
-            raise InputDatasetError(gate.sentence, fix="look at the image and at its brain mask in the work folder; nothing is published")
+            raise InputDatasetError(
+                f"{what}{gate.sentence}", fix="look at the image and at its brain mask in the work folder; nothing is published"
+            )
 
 
 def _whole(part: NDArray[Any], shape: Sequence[int], box: tuple[slice, slice, slice]) -> NDArray[Any]:

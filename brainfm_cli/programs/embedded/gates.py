@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfm_cli.programs.embedded.brain import volume_ml
+from brainfm_cli.programs.embedded.brain import mutual_information, volume_ml
 from brainfm_cli.programs.embedded.grids import on_grid
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from brainfm_cli.programs.embedded.template import TemplateImages
 
 MIN_TEMPLATE_DICE = 0.8
+_MIN_COVERED = 0.1  # of the brain mask, by a sequence of few slices
+_DISPLACED_MM = 6.0
 _MIN_FILLED = 0.7  # of the mask where the image has signal
 
 
@@ -102,6 +104,32 @@ def template_gates(
         Gate(name="template_correlation", value=likeness, low=low, meaning=meaning),
         Gate(name="template_dice", value=dice(mask, inside), low=MIN_TEMPLATE_DICE, meaning="overlap (Dice) of the brain mask with the template's"),
     ]  # fmt: skip
+
+
+def sequence_gates(
+    reference: NDArray[np.float32], moved: NDArray[np.float32], inside: NDArray[np.bool_], zoom_mm: float
+) -> tuple[Gate, ...]:
+    """Whether another sequence lies on the reference: what the two share must fall when one is displaced in any direction.
+
+    Parameters
+    ----------
+    reference, moved
+        (x, y, z) on one grid of voxels of about ``zoom_mm``; ``moved`` is 0 where the sequence was not measured.
+    inside
+        (x, y, z) brain mask.
+    """
+    covered = inside & (moved > 0)
+    share = float(covered.sum() / max(1, inside.sum()))
+    gates = (Gate(name="sequence_coverage", value=share, low=_MIN_COVERED, meaning="share of the brain mask that the sequence covers"),)
+    if not gates[0].passed:
+        return gates
+    steps = max(1, round(_DISPLACED_MM / zoom_mm))
+    shared = mutual_information(reference[covered], moved[covered])
+    away = [
+        mutual_information(reference[covered], np.roll(moved, sign * steps, axis)[covered]) for axis in range(3) for sign in (-1, 1)
+    ]  # fmt: skip
+    meaning = f"mutual information with the reference, over the largest when displaced by {_DISPLACED_MM:g} mm"
+    return (*gates, Gate(name="sequence_alignment", value=shared / max(*away, 1e-9), low=1.0, meaning=meaning))
 
 
 def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

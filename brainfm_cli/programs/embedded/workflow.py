@@ -11,7 +11,7 @@ from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.programs.embedded import anatomical, functional, itk, sampling
 from brainfm_cli.programs.embedded.brain import volume_ml
 from brainfm_cli.programs.embedded.grids import read_ras
-from brainfm_cli.programs.embedded.outputs import Publisher
+from brainfm_cli.programs.embedded.outputs import Publisher, suffix_of
 from brainfm_cli.programs.embedded.template import find_template
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class EmbeddedResult:
     notes: tuple[str, ...]
     """What a reader of the results must know."""
     gates: dict[str, tuple[dict[str, Any], ...]]
-    """Measures with their limits, by what they are about: ``anat``, or the name of a run."""
+    """Measures with their limits, by what they are about: ``anat``, the name of another sequence, or of a run."""
     measures: dict[str, dict[str, float]]
-    """By run, for the group's quality table."""
+    """By run, or by the reference image where there are no runs, for the group's quality table."""
     seconds: dict[str, float]
     """How long each step took, by its name; what a killed call had done counts as it did there."""
     facts: dict[str, Any]
@@ -84,18 +84,27 @@ def preprocess_participant(
     for number, run in enumerate(raw.bold):
         publisher.publish_run(run, results, number)
     gates = {"anat": tuple(results["resample"]["gates"])}
+    sequences = {_name(image): tuple(results[f"align{number}"]["gates"]) for number, image in enumerate(others(raw, reference))}
+    gates |= sequences
     gates |= {run.key.name: (results[f"sample{number}"]["gate"],) for number, run in enumerate(raw.bold)}
     brain_ml = volume_ml(*_inside(results["extract"]["mask"]))  # the person's own: in template space all brains are of one size
     measures = {"brain_ml": round(brain_ml, 1), **{gate["name"]: round(gate["value"], 4) for gate in gates["anat"]}}
+    alignments = [gate["value"] for found in sequences.values() for gate in found if gate["name"] == "sequence_alignment"]
+    if alignments:
+        measures["sequence_alignment"] = round(min(alignments), 4)
+    about = [run.key.name for run in raw.bold] or [_name(reference[0])]
     return EmbeddedResult(
         outputs=tuple(sorted(publisher.written)),
         notes=tuple(_notes(raw, reference, results)),
         gates=gates,
-        measures={run.key.name: dict(measures) for run in raw.bold},
+        measures={name: dict(measures) for name in about},
         seconds=seconds,
         facts={
             "reference": reference[0].modality,
             "averaged": len(reference),
+            "others": sorted(
+                {suffix_of(image) if image.modality != "contrast T1w" else image.modality for image in others(raw, reference)}
+            ),
             "method": results["extract"]["method"],
             "tissues": "classify" in results,
             "template": template.name,
@@ -199,7 +208,7 @@ def _add_other(
 ) -> None:
     from brainfm_cli.programs.embedded.steps import node
 
-    align = node(anatomical.align_other, name=f"align{number}", outputs=("image", "transform"), image=str(image.path), seed=seed)
+    align = node(anatomical.align_other, name=f"align{number}", outputs=("image", "transform", "gates"), image=str(image.path), seed=seed)
     move = node(anatomical.move_other, name=f"move{number}", settings=settings)
     workflow.connect(
         [
@@ -272,6 +281,11 @@ def _notes(raw: RawParticipant, reference: tuple[RawImage, ...], results: Result
             if fraction < 0.95:
                 notes.append(f"{run.key.name}: voxels count as {tissue} where {fraction:.0%} of them are, because fewer are purer")
     return notes
+
+
+def _name(image: RawImage) -> str:
+    """File name of a structural image without its extension."""
+    return image.path.name.partition(".")[0]
 
 
 def _inside(mask: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:

@@ -30,17 +30,23 @@ def summarise(call: Invocation, settings: PreprocessSettings) -> int:
     root = call.output_dir
     labels = [label for label in list_participants(root) if _is_done(root, label)] if root.is_dir() else []
     tables = [path for label in labels for path in walk_files(root / f"sub-{label}") if path.name.endswith(_CONFOUNDS)]
-    if not tables:
-        raise InputNotFoundError(
-            "no finished participant has a confounds table", where=root, fix="run the participant level first, without --anat-only and at --level full"
-        )  # fmt: skip
     measures = [path for label in labels if (path := measures_path(root, label)).is_file()]
+    if not tables and not any(_read_json(path) for path in measures):
+        raise InputNotFoundError(
+            "no finished participant has a confounds table or measures of images", where=root, fix="run the participant level first (fMRIPrep: at --level full)"
+        )  # fmt: skip
     waiting = sorted(set(list_participants(call.input_dir)) - set(labels))
     unit = Unit(
         name="group",
         inputs=tuple(sorted([*tables, *measures])),
         work=write_group,
-        arguments={"root": root, "tables": tuple(tables), "waiting": tuple(waiting), "methods": _methods(settings)},
+        arguments={
+            "root": root,
+            "tables": tuple(tables),
+            "labels": tuple(labels),
+            "waiting": tuple(waiting),
+            "methods": _methods(settings, bold=bool(tables)),
+        },
     )
     if call.dry_run:
         state = plan_units(planned_dataset(call, settings), [unit])["group"]
@@ -49,14 +55,16 @@ def summarise(call: Invocation, settings: PreprocessSettings) -> int:
     return run_units(open_dataset(call, settings), [unit], call.execution)
 
 
-def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], methods: str) -> UnitResult:
-    """Write ``group_qc.tsv``, its description and ``group.html``."""
+def write_group(root: Path, tables: tuple[Path, ...], labels: tuple[str, ...], waiting: tuple[str, ...], methods: str) -> UnitResult:
+    """Write ``group_qc.tsv``, its description and ``group.html``: a row per run, or per participant who has only structural images."""
     from brainfm_cli.reports.preprocess_group import QC_COLUMNS, build_table, quality_page
 
     measured: dict[str, Any] = {}
-    for label in sorted({parse_name(path.name)[0]["sub"] for path in tables}):
+    for label in labels:
         measured |= _read_json(measures_path(root, label))
-    frame = build_table([_row(path, measured) for path in tables])
+    having_runs = {parse_name(path.name)[0]["sub"] for path in tables}
+    structural = [_structural_row(name, values) for name, values in measured.items() if parse_name(name)[0]["sub"] not in having_runs]
+    frame = build_table([*(_row(path, measured) for path in tables), *structural])
     notes = (f"{len(waiting)} participants of the dataset are not done: {', '.join(waiting[:20])}",) if waiting else ()
     page = quality_page(frame, title=f"Quality of {root.name}", notes=notes, methods=methods)
     outputs = (
@@ -67,7 +75,12 @@ def write_group(root: Path, tables: tuple[Path, ...], waiting: tuple[str, ...], 
     return UnitResult(outputs=outputs, notes=notes)
 
 
-def _methods(settings: PreprocessSettings) -> str:
+def _methods(settings: PreprocessSettings, *, bold: bool) -> str:
+    if settings.engine == "embedded" and not bold:
+        return (
+            f"Structural images were preprocessed with the embedded engine of brainfm {brainfm_version()}; correlation and Dice compare the reference "
+            "image and its brain mask with the template's."
+        )
     if settings.engine == "embedded":
         return (
             f"Runs were preprocessed with the embedded engine of brainfm {brainfm_version()}. Brain volume is of the structural image, temporal SNR "
@@ -79,6 +92,12 @@ def _methods(settings: PreprocessSettings) -> str:
 def _is_done(root: Path, label: str) -> bool:
     record = read_record(record_path(root, f"sub-{label}"))
     return record is not None and record.status == "done"
+
+
+def _structural_row(name: str, values: Mapping[str, float]) -> dict[str, object]:
+    entities, suffix, _ = parse_name(name)
+    image = "_".join([*(f"{entity}-{value}" for entity, value in entities.items() if entity not in {"sub", "ses"}), suffix])
+    return {"participant_id": f"sub-{entities['sub']}", "session": entities.get("ses"), "run": image, **values}
 
 
 def _row(path: Path, measured: Mapping[str, Mapping[str, float]]) -> dict[str, object]:
