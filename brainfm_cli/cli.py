@@ -70,7 +70,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "min_coverage": (Annotated[float | None, typer.Option("--min-coverage", min=0.0, max=1.0, help="Smallest share of a region inside the brain mask.")], None),
     "denoise_strategy": (Annotated[str | None, typer.Option("--denoise-strategy", help="none, simple, scrubbing or compcor, each with or without +gsr.")], None),
     "trials": (Annotated[bool, typer.Option("--trials", help="Single-trial responses: participant estimates them from BOLD and events, group packs them.")], False),
-    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph, drug-response or brain-caption.")], None),
+    "system": (Annotated[str | None, typer.Option("--system", help="brain-graph, drug-response, brain-caption or mri-language.")], None),
     "model": (Annotated[Path | None, typer.Option("--model", help="A models/<id> folder.")], None),
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
     "reader_study": (Annotated[Path | None, typer.Option("--reader-study", help="group: analyse this table of doctors' readings instead (docs/reader_study.md).")], None),

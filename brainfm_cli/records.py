@@ -125,3 +125,15 @@ class Prediction:
     """Probability per class; empty for continuous targets."""
     model: str
     """Identifier of the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReconstructedSlice:
+    """A slice, what an encoder saw of it, and how its hidden part was filled."""
+
+    participant: str
+    """Label without ``sub-``."""
+    sequence: str
+    """Contrast."""
+    images: dict[str, NDArray[np.float32]]
+    """(x, y) or (x, y, z) intensities in [0, 1]: original, visible, and each method's filling."""

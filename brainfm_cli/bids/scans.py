@@ -11,10 +11,11 @@ import csv
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from brainfm_cli.bids.inputs import in_selection, list_participants, walk_files
 from brainfm_cli.bids.names import parse_name
+from brainfm_cli.bids.slice_cohort import ScanSequence
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from brainfm_cli.config import Selection
 
-ScanSequence = Literal["T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", "other"]
-SEQUENCES: tuple[ScanSequence, ...] = ("T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", "other")
 _OF_SUFFIX: dict[str, ScanSequence] = {
     "T1w": "T1w", "T2w": "T2w", "FLAIR": "FLAIR", "dwi": "dwi", "trace": "dwi", "adc": "adc", "ADC": "adc",
     "T2starw": "T2star", "T2star": "T2star", "swi": "T2star", "GRE": "T2star", "PDw": "other", "inplaneT2": "T2w",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+ScanSequence = Literal["T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", "other"]
+SEQUENCES: tuple[ScanSequence, ...] = ("T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", "other")
+Plane = Literal["axial", "coronal", "sagittal"]
+PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
 SLICE_COLUMNS: dict[str, str] = {
     "dataset": "name of the dataset the slice comes from",
     "participant": "participant label",

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brainfm_cli.bids.scans import SEQUENCES
-from brainfm_cli.bids.slice_cohort import SliceCohort
+from brainfm_cli.bids.slice_cohort import PLANES, SEQUENCES, SliceCohort
 from brainfm_cli.errors import InputDatasetError, SettingsError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-PLANES = ("axial", "coronal", "sagittal")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from pydantic import Field
 from brainfm_cli.bids.cohort import read_participants
 from brainfm_cli.bids.inputs import choose_participants
 from brainfm_cli.bids.people import find_participants_table
-from brainfm_cli.bids.scans import LesionMask, ScanSequence, StudyScan, read_studies, sites_of, study_files
-from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort, read_scans, write_index, write_participant
+from brainfm_cli.bids.scans import LesionMask, StudyScan, read_studies, sites_of, study_files
+from brainfm_cli.bids.slice_cohort import PackedScan, ScanSequence, SliceCohort, read_scans, write_index, write_participant
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Execution, Frozen, Selection
 from brainfm_cli.errors import InputDatasetError

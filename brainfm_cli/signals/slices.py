@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from brainfm_cli.bids.slice_cohort import PLANES, Plane
 from brainfm_cli.errors import InputDatasetError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from brainfm_cli.bids.scans import LesionMask
 
-Plane = Literal["axial", "coronal", "sagittal"]
-PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
 CLIP_PERCENTILES = (0.5, 99.5)
 _NORMAL: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}  # RAS axis that slices are stacked along
 _THICK = 1.5  # slices so much thicker than pixels are wide were acquired in that plane

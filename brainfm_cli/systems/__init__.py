@@ -13,9 +13,12 @@ from brainfm_cli.learning.joined import DONOR, Joined, join
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_graph import BrainGraph, BrainGraphSettings
 from brainfm_cli.systems.drug_response import DrugResponse, DrugResponseSettings
+from brainfm_cli.systems.mri_language import MriLanguageSettings
 
 # Add a system here: one more member of both unions, and its kind.
-SystemSettings = Annotated[BrainGraphSettings | DrugResponseSettings | BrainCaptionSettings, Field(discriminator="kind")]
+SystemSettings = Annotated[
+    BrainGraphSettings | DrugResponseSettings | BrainCaptionSettings | MriLanguageSettings, Field(discriminator="kind")
+]
 System = BrainGraph | DrugResponse | Joined
 
 _KNOWN: dict[str, tuple[type[BrainGraphSettings | DrugResponseSettings], type[BrainGraph | DrugResponse]]] = {
@@ -57,6 +60,8 @@ def _known(model_dir: Path) -> tuple[type[BrainGraphSettings | DrugResponseSetti
         raise UnsupportedStageError(
             "brain-caption models are aligned, tuned and asked for captions", where=model_dir, fix="use: align, prompt-tune, caption"
         )
+    if kind == "mri-language":
+        raise UnsupportedStageError("mri-language models read scans, not packed regions", where=model_dir, fix="use: prompt-tune, predict")
     if kind not in _KNOWN:
         raise CheckpointMismatchError(f"the model's system '{kind}' is unknown", where=model_dir, fix=f"known: {', '.join(_KNOWN)}")
     return _KNOWN[kind]

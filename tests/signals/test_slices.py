@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from brainfm_cli.bids.scans import LesionMask
+from brainfm_cli.bids.slice_cohort import PLANES
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals.slices import (
-    PLANES,
     acquired_plane,
     artefact_scores,
     find_head,

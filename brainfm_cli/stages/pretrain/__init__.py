@@ -20,10 +20,13 @@ from brainfm_cli.learning.image_split import ImageSplitSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings, new_atlases, prepare, prepare_addition, pretrain_model
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.reports.training import training_page
+from brainfm_cli.signals.slice_packing import SliceSettings
+from brainfm_cli.stages.pretrain.slices import pretrain_slices, with_defaults
 from brainfm_cli.stages.pretrain.voxels import pretrain_voxels
 from brainfm_cli.systems import SystemSettings, read_system_settings
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_graph import BrainGraphSettings
+from brainfm_cli.systems.mri_language import MriLanguageSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +48,9 @@ class PretrainSettings(PretrainingSettings):
     split: ImageSplitSettings = ImageSplitSettings()
     """For brain-caption: which pictures train, choose the epoch and test, for this model and all that start from it."""
 
+    slices: SliceSettings = SliceSettings()
+    """For mri-language: how scans become the slices that are packed into OUTPUT/cohort."""
+
 
 class AddAtlasSettings(PretrainingSettings):
     """Settings of ``brainfm pretrain --model``: atlases of the cohort that the model does not know are added to it.
@@ -61,6 +67,8 @@ def pretrain(call: Invocation) -> int:
     settings = PretrainSettings.read(call.config, call.overrides)
     if isinstance(settings.system, BrainCaptionSettings):
         return pretrain_voxels(call, settings.system, settings, settings.split, _citation(settings.system))
+    if isinstance(settings.system, MriLanguageSettings):
+        return pretrain_slices(call, settings.system, with_defaults(settings), settings.slices, _citation(settings.system))
     return _pretrain_regions(call, settings, settings.system, None)
 
 
@@ -168,7 +176,7 @@ def model_card(name: str, prepared: Prepared, settings: PretrainingSettings, res
     return "\n".join(lines) + "\n"
 
 
-def _citation(factory: Factory | BrainCaptionSettings) -> str:
+def _citation(factory: Factory | BrainCaptionSettings | MriLanguageSettings) -> str:
     return (
         "# How this was made\n\nPretrained with `brainfm pretrain`. Cite brainfm (CITATION.cff) and, "
         f"for {factory.kind} models, {factory.credits.follows}\n"

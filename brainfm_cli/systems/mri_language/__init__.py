@@ -1,1 +1,7 @@
 """Brain MRI and language: a masked encoder of scans, tuned for what hospitals ask."""
+
+from __future__ import annotations
+
+from brainfm_cli.systems.mri_language.encoder import MriLanguage, MriLanguageSettings
+
+__all__ = ["MriLanguage", "MriLanguageSettings"]
