@@ -41,8 +41,9 @@ def study_readers(call: Invocation, settings: Settings, study: ReaderStudySettin
     if call.reports_only:
         return _rebuild(call.output_dir)
     locked = call.datasets.get("locked")
+    # read before anything is written, so that a bad table leaves nothing behind
+    readings = _readings(call.reader_study, study, None if locked is None else read_lock(locked))
     if call.dry_run:
-        readings = _readings(call.reader_study, study, None if locked is None else read_lock(locked))
         Console().print(_plan(readings), highlight=False)
         return 0
     dataset = OutputDataset.open(call.output_dir, command="predict", settings=settings, sources=[call.input_dir])
