@@ -146,6 +146,34 @@ class TrainingPlan:
         return settings.learning_rate * share
 
 
+class ScheduleSettings(Frozen):
+    """How long something is fitted to a pretrained model, and how."""
+
+    epochs: int = Field(default=30, ge=1)
+    """Passes over the training data."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps to stop after, whatever the epochs."""
+    batch_size: int = Field(default=32, ge=2)
+    """Items per batch (trials of one participant, studies or slices), over all ranks."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches per optimiser step."""
+    patience: int | None = Field(default=5, ge=1)
+    """Epochs without a better validation score before training stops; never where unset."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Optimiser steps between saved states (and at most five minutes)."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between rows of the log."""
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=1e-4, warmup_epochs=0.5)
+    """Learning rate and decay."""
+
+    def plan(self, seed: int) -> TrainingPlan:
+        """What the training loop needs to know."""
+        return TrainingPlan(
+            epochs=self.epochs, steps=self.steps, seed=seed, accumulate=self.accumulate, patience=self.patience,
+            checkpoint_every=self.checkpoint_every, log_every=self.log_every, optimiser=self.optimiser,
+        )  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class Position:
     """Where a run stands, at a border between optimiser steps."""

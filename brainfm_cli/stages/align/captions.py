@@ -14,12 +14,13 @@ from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Settings
 from brainfm_cli.learning.checkpoints import model_files, source_of_model
+from brainfm_cli.learning.loop import ScheduleSettings
 from brainfm_cli.models.causal_language import DEFAULT_LANGUAGE_MODEL
 from brainfm_cli.models.language import DEFAULT_ENCODER
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.systems.brain_caption.aligned import CaptionFitSettings, load_language, load_sentences
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
-from brainfm_cli.systems.brain_caption.fitting import ScheduleSettings, fit_captioner, prepare_alignment, read_split, write_captioner
+from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, read_split, write_captioner
 from brainfm_cli.systems.brain_caption.pictures import read_picture_vectors
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Settings
 from brainfm_cli.errors import InputNotFoundError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
-from brainfm_cli.learning.loop import OptimiserSettings
+from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.systems.brain_caption.aligned import CaptionRecord, load_sentences
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
-from brainfm_cli.systems.brain_caption.fitting import ScheduleSettings, fit_captioner, prepare_person, write_captioner
+from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_person, write_captioner
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from brainfm_cli.bids.derivatives import write_json, write_text
-from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InternalError
 from brainfm_cli.learning.checkpoints import (
     ModelConfig,
@@ -27,7 +25,7 @@ from brainfm_cli.learning.checkpoints import (
 )
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.image_split import ImageSplit, ImageSplitSettings, extend_split, refuse_same_pictures
-from brainfm_cli.learning.loop import OptimiserSettings, TrainingPlan, TrainingResult, train
+from brainfm_cli.learning.loop import TrainingPlan, TrainingResult, train
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.text_scores import cider
 from brainfm_cli.learning.voxel_samples import PersonTrials, TrialBatches, select_trials
@@ -56,34 +54,6 @@ if TYPE_CHECKING:
     from brainfm_cli.models.language import TextEncoder
 
 _JUDGED_TOKENS = 24
-
-
-class ScheduleSettings(Frozen):
-    """How long a captioner trains, and how."""
-
-    epochs: int = Field(default=30, ge=1)
-    """Passes over the training trials."""
-    steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps to stop after, whatever the epochs."""
-    batch_size: int = Field(default=32, ge=2)
-    """Trials per batch, of one participant, over all ranks."""
-    accumulate: int = Field(default=1, ge=1)
-    """Batches per optimiser step."""
-    patience: int | None = Field(default=5, ge=1)
-    """Epochs without a better validation score before training stops; never where unset."""
-    checkpoint_every: int = Field(default=200, ge=1)
-    """Optimiser steps between saved states (and at most five minutes)."""
-    log_every: int = Field(default=10, ge=1)
-    """Optimiser steps between rows of the log."""
-    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=1e-4, warmup_epochs=0.5)
-    """Learning rate and decay."""
-
-    def plan(self, seed: int) -> TrainingPlan:
-        """What the training loop needs to know."""
-        return TrainingPlan(
-            epochs=self.epochs, steps=self.steps, seed=seed, accumulate=self.accumulate, patience=self.patience,
-            checkpoint_every=self.checkpoint_every, log_every=self.log_every, optimiser=self.optimiser,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
