@@ -41,6 +41,7 @@ app = typer.Typer(
 console = Console(stderr=True, highlight=False)
 
 Strings = list[str]
+_PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # what Typer raises for unknown options and bad values
 # name: (annotation, default). The only place where an option is declared.
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "participant_label": (Annotated[Strings, typer.Option("--participant-label", help="Participants, with or without sub-; all by default.")], ()),
@@ -75,6 +76,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "target": (Annotated[str | None, typer.Option("--target", help="Column of participants.tsv to predict.")], None),
     "reader_study": (Annotated[Path | None, typer.Option("--reader-study", help="group: analyse this table of doctors' readings instead (docs/reader_study.md).")], None),
     "lock": (Annotated[bool, typer.Option("--lock", help="group: lock the participants' predictions, with hash and date, before outcomes exist.")], False),
+    "slurm": (Annotated[Strings, typer.Option("--slurm", help="Options of sbatch, KEY=VALUE; also throttle, modules, extra, requeue.")], ()),
+    "resubmit": (Annotated[str | None, typer.Option("--resubmit", help="failed: submit again what lacked memory, time or a node, with more of it.")], None),
     "chat": (Annotated[Strings, typer.Option("--chat", help="Questions, each in quotes, answered in words for every picture or scan.")], ()),
     "kind": (Annotated[str | None, typer.Option("--kind", help="rest, drug or viewing.")], None),
     "sim_level": (Annotated[str | None, typer.Option("--level", help="raw (as scanned), bold (voxel images) or series (packed region series).")], None),
@@ -112,7 +115,7 @@ SETTING_OF_FLAG = {
     "ignore": "ignore",
     "fs_no_reconall": "fs_no_reconall",
 }
-LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set", "--output-spaces", "--ignore", "--chat"}  # fmt: skip
+LIST_OPTIONS = {"--participant-label", "--session-label", "--session-id", "--task-id", "-t", "--datasets", "--derivatives", "-d", "--atlases", "--atlas", "--set", "--output-spaces", "--ignore", "--chat", "--slurm"}  # fmt: skip
 RUN = ("nprocs", "omp_nthreads", "mem_mb", "work_dir", "clean_workdir", "stop_on_first_crash", "verbose", "dry_run")
 MACHINE = ("device", "fs_license_file", "fs_subjects_dir", "image")
 SETTINGS = ("config", "overrides")
@@ -124,15 +127,31 @@ OutputDir = Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="Folder of
 LevelArgument = Annotated[str, typer.Argument(metavar="{participant,group}", help="Level of analysis.")]
 
 
+_LEVELS: dict[str, tuple[str, ...]] = {}
+"""Commands with levels, as they are registered."""
+
+
 def command(
-    name: str, *, levels: Sequence[str] = (), options: Sequence[str] = (), positionals: dict[str, Any] | None = None
+    name: str,
+    *,
+    levels: Sequence[str] = (),
+    options: Sequence[str] = (),
+    positionals: dict[str, Any] | None = None,
+    wraps: bool = False,
 ) -> Callable[..., Any]:
     """Register a command whose function takes an :class:`Invocation` and gives back an exit code.
 
-    With ``levels`` the command has the BIDS-app positionals; otherwise ``positionals`` (or only OUTPUT_DIR).
+    With ``levels`` the command has the BIDS-app positionals; otherwise ``positionals`` (or only OUTPUT_DIR). One that ``wraps``
+    takes another command with its options; they are the function's ``arguments``.
     """
+    if levels:
+        _LEVELS[name] = tuple(levels)
     places = (
-        {"input_dir": InputDir, "output_dir": OutputDir, "level": LevelArgument} if levels else positionals or {"output_dir": OutputDir}
+        {"input_dir": InputDir, "output_dir": OutputDir, "level": LevelArgument}
+        if levels
+        else {"output_dir": OutputDir}
+        if positionals is None
+        else positionals
     )
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
@@ -143,6 +162,8 @@ def command(
                 for key in [*places, "json", "verify"]
                 if key in values and key not in ("input_dir", "output_dir", "level")
             }
+            if wraps:
+                extra |= {"arguments": tuple(values["context"].args), **{key: values.pop(key) for key in ("slurm", "resubmit")}}
             raise typer.Exit(_guarded(lambda: function(_invocation(name, levels, values), **extra), verbose=values.get("verbose", 0)))
 
         parameters = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for key, kind in places.items()]
@@ -154,7 +175,7 @@ def command(
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {}
         del run.__wrapped__
-        app.command(name)(run)
+        app.command(name, context_settings={"ignore_unknown_options": True, "allow_extra_args": True} if wraps else {})(run)
         return function
 
     return register
@@ -258,6 +279,29 @@ def status(call: Invocation, *, json: bool, verify: bool) -> int:
     from brainfm_cli.stages.status import status
 
     return status(call.output_dir, as_json=json, verify=verify)
+
+
+@command("submit", positionals={}, options=("slurm", "resubmit", "dry_run", "verbose"), wraps=True)
+def submit(call: Invocation, *, arguments: tuple[str, ...], slurm: list[str], resubmit: str | None) -> int:
+    """Submit a command as SLURM jobs: brainfm submit COMMAND INPUT OUTPUT LEVEL [its options] --slurm KEY=VALUE ..."""
+    from brainfm_cli.stages import submit as stage
+
+    if resubmit is not None:
+        if resubmit != "failed" or len(arguments) != 1:
+            raise UsageError("--resubmit takes the word 'failed' and one folder", fix="brainfm submit --resubmit failed OUTPUT_DIR")
+        return stage.resubmit(Path(arguments[0]), slurm, dry_run=call.dry_run)
+    commands = {name: one for name, one in typer.main.get_command(app).commands.items() if name in _LEVELS}  # type: ignore[attr-defined]
+    if not arguments or arguments[0] not in commands:
+        raise UsageError(
+            f"'{arguments[0]}' cannot be submitted" if arguments else "submit needs a command",
+            fix=f"use one of: {', '.join(sorted(commands))}",
+        )
+    try:
+        inner = commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+    except _PARSER_ERROR as error:  # what the command itself would refuse
+        raise UsageError(f"'{arguments[0]}': {error}", fix=f"see brainfm {arguments[0]} --help") from error
+    reading = _invocation(arguments[0], _LEVELS[arguments[0]], {**inner.params, "context": inner})
+    return stage.submit(reading, arguments, slurm, dry_run=call.dry_run)
 
 
 Action = Annotated[str, typer.Argument(metavar="{list,get,verify,where}", help="What to do.")]

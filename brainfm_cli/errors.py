@@ -149,7 +149,7 @@ class DiskFullError(BrainFMError):
 
 
 class StoppedError(BrainFMError):
-    """A wrapped program was stopped from outside, or ran past its time limit."""
+    """A wrapped program was stopped from outside or ran past its time limit, or training was told to stop; going on is possible."""
 
     exit_code = EXIT_RETRY
     failure_class = "time"

@@ -28,8 +28,8 @@ def test_the_flag_list_is_frozen() -> None:
         "--datasets", "--denoise-strategy", "--derivatives", "--device", "--dry-run", "--effect", "--engine", "--fs-license-file",
         "--fs-no-reconall", "--fs-subjects-dir", "--ignore", "--image", "--json", "--kind", "--level", "--lock", "--mem", "--mem-mb",
         "--min-coverage", "--model", "--n-cpus", "--nprocs", "--nthreads", "--omp-nthreads", "--output-spaces", "--participant-label",
-        "--participants", "--raw", "--reader-study", "--reports-only", "--seed", "--session-id", "--session-label", "--set", "--skip-bids-validation",
-        "--skip-bids-validator", "--stop-on-first-crash", "--system", "--target", "--task-id", "--trials", "--validate", "--verbose", "--verify",
+        "--participants", "--raw", "--reader-study", "--reports-only", "--resubmit", "--seed", "--session-id", "--session-label", "--set", "--skip-bids-validation",
+        "--skip-bids-validator", "--slurm", "--stop-on-first-crash", "--system", "--target", "--task-id", "--trials", "--validate", "--verbose", "--verify",
         "--work-dir", "-d", "-t", "-v", "-w",
     ]  # fmt: skip
 

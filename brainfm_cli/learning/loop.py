@@ -7,11 +7,14 @@ started again therefore ends with the same weights, bit for bit on one device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from brainfm_cli.config import Execution, Frozen
-from brainfm_cli.errors import InputDatasetError, SettingsError
+from brainfm_cli.errors import InputDatasetError, SettingsError, StoppedError
 from brainfm_cli.learning.checkpoints import (
     TrainingState,
     newest_state,
@@ -217,6 +220,8 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
     ------
     InputDatasetError
         The loss is no longer finite, or a state is damaged.
+    StoppedError
+        The process was told to stop (SIGUSR1, as batch systems send before a time limit); its state is saved.
     """
     started = time.perf_counter()
     state = newest_state(folder)
@@ -225,7 +230,8 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
     if state is not None:
         log.info("resuming after step %d", run.position.step)
     if not run.finished:
-        _fit(trainer, run)
+        with _stopped_by_signal(run):
+            _fit(trainer, run)
     trainer.strategy.barrier()  # the first rank has written the best weights
     best = run.best_path if run.position.best_epoch is not None else None
     weights = read_tensors(best) if best is not None else {k: v.detach().cpu() for k, v in system.module.state_dict().items()}
@@ -253,6 +259,7 @@ class _Run(lightning.LightningModule):
         self._row: dict[str, Tensor] = {}
         self._validation: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
+        self.stop_asked = False
         if state:
             self.module.load_state_dict(state.weights)
 
@@ -344,8 +351,9 @@ class _Run(lightning.LightningModule):
         # the state at the end of an epoch is saved after its validation
         if position.batch < self._source.num_batches and position.step < self.total_steps:
             due = position.step % plan.checkpoint_every == 0 or time.monotonic() - self._saved_at > _LONGEST_UNSAVED_S
-            if due:
+            if due or self.stop_asked:
                 self._save()
+            self._stop_if_asked()
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []
@@ -377,6 +385,12 @@ class _Run(lightning.LightningModule):
         self._save()
         if self.finished:
             self.trainer.should_stop = True
+        else:
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.stop_asked:
+            raise StoppedError(f"stopped on request after step {self.position.step}, state saved", fix="the same command goes on from here")
 
     def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         weights = self._system.loss_weights
@@ -488,6 +502,23 @@ def _trainer(plan: TrainingPlan, execution: Execution, run: _Run) -> lightning.T
         callbacks=[_Bar()],
         default_root_dir=run._folder,  # noqa: SLF001  (same module)
     )
+
+
+@contextlib.contextmanager
+def _stopped_by_signal(run: _Run) -> Iterator[None]:
+    """SIGUSR1 ends the training at the next step border. Lightning's own answer to it would requeue the job by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(_signal: int, _frame: object) -> None:
+        run.stop_asked = True
+
+    before = signal.signal(signal.SIGUSR1, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _fit(trainer: lightning.Trainer, run: _Run) -> None:

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError
+from brainfm_cli.programs.slurm import FOLDER as SLURM_FOLDER
+from brainfm_cli.programs.slurm import read_submissions, tasks_of
 from brainfm_cli.provenance import (
     RECORDS_FOLDER,
     FileStamp,
@@ -25,9 +27,12 @@ from brainfm_cli.provenance import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-_STYLE = {"current": "green", "stale": "yellow", "interrupted": "yellow", "failed": "red"}
+    from brainfm_cli.programs.slurm import Task
+
+_STYLE = {"pending": "yellow", "running": "yellow", "current": "green", "stale": "yellow", "interrupted": "yellow", "failed": "red"}
 
 
 class UnitStatus(Frozen):
@@ -61,12 +66,15 @@ def status(folder: Path, *, as_json: bool = False, verify: bool = False) -> int:
     InputNotFoundError
         There is no completion record.
     """
-    found = [line for root in _output_folders(folder) for line in _lines(root, folder, verify=verify)]
-    if not found:
+    roots = _output_folders(folder)
+    found = [line for root in roots for line in _lines(root, folder, verify=verify)]
+    tasks = {root: tasks_of(root, submissions) for root in roots if (submissions := read_submissions(root))}
+    if not found and not tasks:
         raise InputNotFoundError("no completion records here", where=folder, fix="give an OUTPUT_DIR of a brainfm command")
     if as_json:
         counts = Counter(line.state for line in found)
-        text = json.dumps({"counts": dict(counts), "units": [line.model_dump() for line in found]}, indent=2)
+        jobs = [{"folder": _label(root, folder), **task.model_dump()} for root, listed in tasks.items() for task in listed]
+        text = json.dumps({"counts": dict(counts), "units": [line.model_dump() for line in found], "jobs": jobs}, indent=2)
         sys.stdout.write(text + "\n")
         return EXIT_OK
     table = Table("folder", "command", "unit", "state", "seconds", "MB", "why, and what to do", box=None)
@@ -79,15 +87,42 @@ def status(folder: Path, *, as_json: bool = False, verify: bool = False) -> int:
     console = Console()
     console.print(table)
     console.print(", ".join(f"{count} {state}" for state, count in sorted(Counter(line.state for line in found).items())))
+    for root, listed in tasks.items():
+        _print_jobs(console, _label(root, folder), listed)
     return EXIT_OK
 
 
+def _print_jobs(console: Console, label: str, tasks: Sequence[Task]) -> None:
+    """What waits, runs or failed on the cluster, and how many tasks are done."""
+    table = Table("folder", "unit", "job", "state", "why", "node", "log", box=None)
+    for task in tasks:
+        if task.status != "done":
+            why = f"{task.failure}: {task.reason}" if task.failure else task.reason
+            state = f"[{_STYLE.get(task.status, 'white')}]{task.status}[/]"
+            table.add_row(escape(label), escape(task.unit), task.job, state, escape(why), escape(task.node), escape(task.log))
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(task.status for task in tasks).items()))
+    console.print(f"tasks on the cluster: {counts}", highlight=False)
+    if table.row_count:
+        console.print(table)
+    lacking = [task for task in tasks if task.failure in {"memory", "time", "node", "cancelled", "unknown"}]
+    if lacking:
+        console.print(f"{len(lacking)} of them may succeed with more: brainfm submit --resubmit failed OUTPUT_DIR", highlight=False)
+
+
+def _label(root: Path, asked: Path) -> str:
+    return "." if root == asked else root.name
+
+
 def _output_folders(folder: Path) -> list[Path]:
-    if (folder / RECORDS_FOLDER).is_dir():
+    if _has_work(folder):
         return [folder]
     if not folder.is_dir():
         raise InputNotFoundError("the folder does not exist", where=folder, fix="check the path")
-    return sorted(child for child in folder.iterdir() if (child / RECORDS_FOLDER).is_dir())
+    return sorted(child for child in folder.iterdir() if _has_work(child))
+
+
+def _has_work(folder: Path) -> bool:
+    return (folder / RECORDS_FOLDER).is_dir() or (folder / SLURM_FOLDER).is_dir()
 
 
 def _lines(root: Path, asked: Path, *, verify: bool) -> list[UnitStatus]:
@@ -97,7 +132,7 @@ def _lines(root: Path, asked: Path, *, verify: bool) -> list[UnitStatus]:
         state, reason = _judge(record, root, configuration_hash, verify=verify)
         lines.append(
             UnitStatus(
-                folder="." if root == asked else root.name,
+                folder=_label(root, asked),
                 command=record.command,
                 unit=record.unit,
                 state=state,

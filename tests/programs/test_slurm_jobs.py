@@ -1,0 +1,282 @@
+"""SLURM without a cluster: sizes and times, scripts that bash accepts, submission to a fake sbatch, and what became of tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from brainfm_cli.errors import MissingProgramError, ProgramFailedError, SettingsError
+from brainfm_cli.programs.slurm import (
+    FOLDER,
+    Job,
+    Resources,
+    clock,
+    job_script,
+    megabytes,
+    read_submissions,
+    seconds,
+    submit_jobs,
+    tasks_of,
+)
+from tests.stages.command import brainfm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ARRAY = Job(
+    role="participants", job_id="", labels=("01", "02", "03"), argv=("parcellate", "/in", "/o ut", "participant"), resources=Resources()
+)
+GROUP = Job(role="group", job_id="", argv=("parcellate", "/in", "/o ut", "group"), resources=Resources())
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of fake programs, alone on PATH with the basics; each writes its arguments to calls.txt."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "cat", "sed", "hostname", "mv", "sleep", "env"):
+        (folder / name).symlink_to(shutil.which(name) or "/bin/true")
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f'#!{shutil.which("bash")}\necho "{name} $*" >> {folder / "calls.txt"}\n{body}\n')
+    path.chmod(0o755)
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("500", 500), ("4G", 4096), ("1.5g", 1536), ("2048K", 2), ("1T", 1048576), ("700M", 700), ("4GB", 4096)]
+)
+def test_memory_sizes(text: str, expected: int) -> None:
+    assert megabytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 1800), ("1:30", 90), ("02:00:00", 7200), ("1-0", 86400), ("1-12", 129600), ("0-01:30", 5400), ("2-03:04:05", 183845)],
+)
+def test_time_limits(text: str, expected: int) -> None:
+    assert seconds(text) == expected
+    assert seconds(clock(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "nothing",
+        "=x",
+        "mem=lots",
+        "mem=0",
+        "time=soon",
+        "time=1:2:3:4",
+        "time=-5",
+        "throttle=0",
+        "array=1-5",
+        "output=x",
+        "job name=x",
+        "comment=a\nb",
+    ],
+)
+def test_bad_options_are_refused(pair: str) -> None:
+    with pytest.raises(SettingsError):
+        Resources.parse([pair])
+
+
+def test_options_of_sbatch_and_our_own() -> None:
+    found = Resources.parse(
+        ["partition=short", "--mem=4G", "cpus_per_task=2", "throttle=9", "modules=a/1,b", "extra=x=1", "extra=y=2", "requeue=no"]
+    )
+    assert found.options == {"partition": "short", "mem": "4G", "cpus-per-task": "2"}
+    assert (found.throttle, found.modules, found.extra, found.requeue) == (9, ("a/1", "b"), ("x=1", "y=2"), False)
+    more = found.with_more(memory=True, time=True)
+    assert more.options["mem"] == "8192M"
+    assert "time" not in more.options  # the cluster's own limit is not known
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("job", [ARRAY, GROUP])
+def test_scripts_are_bash(tmp_path: Path, job: Job, resumes: bool) -> None:
+    resources = Resources.parse(["time=10", "modules=x y", "extra=export A='b c'"])
+    folder = tmp_path / "with blank"
+    script = job_script(
+        job.model_copy(update={"resources": resources}),
+        folder,
+        1,
+        brainfm=("py thon", "-m", "brainfm_cli"),
+        resumes=resumes,
+        behind=["7", "8"],
+    )
+    path = tmp_path / "job.sh"
+    path.write_text(script)
+    subprocess.run(["bash", "-n", path], check=True)
+    assert ("--signal=B:USR1@120" in script) is resumes
+    assert ("--array=1-3" in script) is (job.role == "participants")
+    assert "--dependency=afterany:7:8" in script
+    assert "'py thon' -m brainfm_cli parcellate /in '/o ut'" in script
+    assert script.index("export A='b c'") < script.index("parcellate /in")
+    assert '--output="' in script  # the folder has a blank
+
+
+@pytest.mark.parametrize(("code", "asked", "requeued"), [(0, False, False), (75, False, False), (75, True, True), (0, True, False)])
+def test_a_script_requeues_what_was_stopped_in_time(tmp_path: Path, fake: Path, code: int, asked: bool, requeued: bool) -> None:
+    program(fake, "scontrol", "exit 0")
+    program(fake, "brainfm", f"trap 'exit {code}' USR1\nfor i in 1 2 3 4 5 6 7 8 9; do sleep 0.1; done\nexit {code}")
+    folder = tmp_path / "job"
+    folder.mkdir()
+    script = folder / "job.sh"
+    script.write_text(job_script(GROUP, folder, 1, brainfm=(str(fake / "brainfm"),), resumes=True))
+    process = subprocess.Popen(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
+    if asked:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.4)
+        process.send_signal(10)  # SIGUSR1
+    ended = process.wait(20)
+    assert ("scontrol requeue 7" in calls(fake)) is requeued
+    assert (folder / "exit-7").exists() is not requeued
+    assert ended == (0 if requeued else code)
+    if not requeued:
+        assert (folder / "exit-7").read_text().split()[0] == str(code)
+
+
+def test_a_submission_is_written_as_it_goes(tmp_path: Path, fake: Path) -> None:
+    program(fake, "sbatch", f'n=$(cat {fake / "n"} 2>/dev/null || echo 40); n=$((n + 1)); echo $n > {fake / "n"}; echo "$n;cluster"')
+    found = submit_jobs(tmp_path / "out", [ARRAY, GROUP], brainfm=("brainfm",), resumes=False)
+    assert [job.job_id for job in found.jobs] == ["41", "42"]
+    folder = tmp_path / "out" / FOLDER / found.name
+    assert "--dependency=afterany:41" in (folder / "job-2-group.sh").read_text()
+    assert (folder / "participants-1.txt").read_text().split() == ["01", "02", "03"]
+    assert read_submissions(tmp_path / "out") == [found]
+    again = submit_jobs(tmp_path / "out", [ARRAY], brainfm=("brainfm",), resumes=False)
+    assert again.name != found.name  # within one second too
+
+
+def test_what_sbatch_refuses_leaves_no_half(tmp_path: Path, fake: Path) -> None:
+    program(fake, "sbatch", 'case "$2" in *group*) echo "sbatch: error: invalid partition" >&2; exit 1;; esac; echo 41')
+    program(fake, "scancel", "exit 0")
+    with pytest.raises(ProgramFailedError, match="invalid partition"):
+        submit_jobs(tmp_path / "out", [ARRAY, GROUP], brainfm=("brainfm",), resumes=False)
+    assert "scancel 41" in calls(fake)
+
+
+def test_without_slurm(tmp_path: Path, fake: Path) -> None:
+    with pytest.raises(MissingProgramError, match="login node"):
+        submit_jobs(tmp_path / "out", [ARRAY], brainfm=("brainfm",), resumes=False)
+
+
+def test_what_became_of_tasks(tmp_path: Path, fake: Path) -> None:
+    """Queue, exit codes, logs, accounting, in this order; the last attempt counts."""
+    out = tmp_path / "out"
+    labels = ("wait", "run", "done", "data", "bug", "mem", "time", "oom", "node", "gone")
+    program(fake, "sbatch", "echo 50")
+    job = ARRAY.model_copy(update={"labels": labels})
+    folder = out / FOLDER / submit_jobs(out, [job], brainfm=("brainfm",), resumes=False).name
+    number = {label: place for place, label in enumerate(labels, 1)}
+    for label, code in {"done": 0, "data": 65, "bug": 1, "mem": 137}.items():
+        (folder / f"exit-50_{number[label]}").write_text(f"{code} node7\n")
+    (folder / f"task-50_{number['mem']}.out").write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n")
+    (folder / f"task-50_{number['time']}.out").write_text("slurmstepd: error: *** JOB 5 ON n CANCELLED AT 2026 DUE TO TIME LIMIT ***\n")
+    program(fake, "squeue", f"echo '50_{number['wait']}|PENDING|Resources|'; echo '50_{number['run']}|RUNNING|None|node3'")
+    program(
+        fake,
+        "sacct",
+        f'case "$*" in *50_{number["oom"]}*) echo "OUT_OF_MEMORY|node1";; *50_{number["node"]}*) echo "NODE_FAIL|node2";; esac',
+    )
+    found = {task.unit.removeprefix("sub-"): task for task in tasks_of(out, read_submissions(out))}
+    assert {label: task.status for label, task in found.items() if task.status != "failed"} == {
+        "wait": "pending",
+        "run": "running",
+        "done": "done",
+    }
+    assert {label: task.failure for label, task in found.items() if task.status == "failed"} == {
+        "data": "data", "bug": "program", "mem": "memory", "time": "time", "oom": "memory", "node": "node", "gone": "unknown",
+    }  # fmt: skip
+    assert (found["wait"].reason, found["run"].node, found["data"].node, found["node"].node) == ("Resources", "node3", "node7", "node2")
+
+    program(fake, "sbatch", "echo 60")
+    second = out / FOLDER / submit_jobs(out, [job.model_copy(update={"labels": ("mem",)})], brainfm=("brainfm",), resumes=False).name
+    (second / "exit-60_1").write_text("0 node9\n")
+    assert {task.unit: task.status for task in tasks_of(out, read_submissions(out))}["sub-mem"] == "done"
+
+
+def test_resubmitting_asks_for_more_where_that_was_the_cause(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    program(fake, "sbatch", "echo 50")
+    job = ARRAY.model_copy(update={"labels": ("a", "b", "c", "d"), "resources": Resources.parse(["mem=1G", "time=10"])})
+    folder = out / FOLDER / submit_jobs(out, [job], brainfm=("brainfm",), resumes=False).name
+    for place, (code, words) in enumerate(((137, "oom-kill"), (143, "DUE TO TIME LIMIT"), (65, ""), (0, "")), 1):
+        (folder / f"exit-50_{place}").write_text(f"{code} n\n")
+        (folder / f"task-50_{place}.out").write_text(words)
+    program(fake, "sbatch", "echo 60")
+    assert brainfm("submit", "--resubmit", "failed", out, "--slurm", "partition=long") == 0
+    said = capsys.readouterr().out
+    assert "sub-c: not submitted again: data" in " ".join(said.split())
+    (new,) = [one for one in read_submissions(out) if one.name != folder.name]
+    asked = {job.labels: job.resources.options for job in new.jobs}
+    assert asked == {
+        ("a",): {"mem": "2048M", "time": "10", "partition": "long"},
+        ("b",): {"mem": "1G", "time": "00:20:00", "partition": "long"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("submit",), 2, "needs a command"),
+        (("submit", "simulate", "out"), 2, "cannot be submitted"),
+        (("submit", "parcellate", "INPUT", "out", "participant", "--no-such-flag", "x"), 2, "no-such-flag"),
+        (("submit", "parcellate", "INPUT", "out", "nobody"), 2, "no level 'nobody'"),
+        (("submit", "parcellate", "--atlases", "A", "--", "INPUT", "out", "participant"), 2, "behind the command's name"),
+        (("submit", "parcellate", "INPUT", "out", "participant", "--participant-label", "99"), 66, "no data for participant 99"),
+        (("submit", "parcellate", "INPUT", "out", "participant", "--slurm", "mem=lots"), 78, "no memory size"),
+        (("submit", "--resubmit", "all", "out"), 2, "the word 'failed'"),
+        (("submit", "--resubmit", "failed", "out"), 66, "nothing was submitted"),
+        (("submit", "parcellate", "INPUT", "out", "participant"), 127, "sbatch is not there"),
+    ],
+)
+def test_wrong_calls(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int, told: str
+) -> None:  # fmt: skip
+    del fake
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "sub-01").mkdir(parents=True)
+    assert brainfm(*(text.replace("INPUT", "in") for text in arguments)) == code
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in ("01", "02", "03"):
+        (tmp_path / "in" / f"sub-{label}").mkdir(parents=True)
+    options = ("--atlases", "A", "B", "--participant-label", "01", "03", "--slurm", "time=5", "throttle=2", "--dry-run")
+    assert brainfm("submit", "parcellate", tmp_path / "in", tmp_path / "out", "participant", *options) == 0
+    said = capsys.readouterr().out
+    assert "# 2 participants, one task each: 01, 03" in said
+    assert "#SBATCH --array=1-2%2" in said
+    assert said.count("--atlases A --atlases B") == 2
+    assert "--participant-label 01" not in said
+    assert "# group" in said
+    assert not (tmp_path / "out").exists()
+    assert brainfm("submit", "pretrain", tmp_path / "in", tmp_path / "out", "group", "--system", "brain-graph", "--dry-run") == 0
+    assert "#SBATCH --requeue" in capsys.readouterr().out
+
+
+def test_status_shows_jobs_before_anything_is_done(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program(fake, "sbatch", "echo 50")
+    program(fake, "squeue", "echo '50_1|PENDING|Priority|'; echo '50_2|RUNNING|None|node3'; echo '50_3|PENDING|Priority|'")
+    submit_jobs(tmp_path / "out", [ARRAY], brainfm=("brainfm",), resumes=False)
+    assert brainfm("status", tmp_path / "out", "--json") == 0
+    jobs = json.loads(capsys.readouterr().out)["jobs"]
+    assert [job["status"] for job in jobs] == ["pending", "running", "pending"]
+    assert brainfm("status", tmp_path / "out") == 0
+    assert "2 pending, 1 running" in capsys.readouterr().out
