@@ -52,6 +52,7 @@ OUTPUTS: dict[str, OutputName] = {
     "trial_mask": OutputName("mask", ".nii.gz", "func", "voxels whose single-trial responses are used"),
     "caption": OutputName("caption", ".json", "", "what a model says that a participant saw", (("desc", "brainfm"),)),
     "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
+    "lesions": OutputName("dseg", ".nii.gz", "anat", "lesions that a model sees, in the grid of the scan", (("seg", "brainfm"),)),
     "embedding": OutputName("embedding", ".tsv", "func", "what a model's encoder makes of one run", (("desc", "brainfm"),)),
 }  # fmt: skip
 

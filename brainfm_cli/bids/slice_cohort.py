@@ -134,6 +134,18 @@ class SliceCohort:
         participants = read_participants(root / "participants.tsv")
         return cls(root=root, slices=slices, size=size, dims=dims, labels=labels, participants=participants)
 
+    @classmethod
+    def of_participant(cls, root: Path, label: str, *, size: int, dims: int) -> SliceCohort:
+        """One packed participant of the folder ``root``, without the index of everybody: slices with brain, none left out as outliers."""
+        import pandas as pd
+
+        folder = root / f"sub-{label}"
+        rows = pd.read_parquet(folder / "items.parquet")
+        kept = rows[(rows["item"] >= 0).to_numpy()].drop(columns="why").reset_index(drop=True)
+        labels = {value: name for scan in read_scans(folder) for value, name in scan.labels.items()}
+        slices = kept.astype(dict.fromkeys(_CATEGORIES, "category"))
+        return cls(root=root, slices=slices, size=size, dims=dims, labels=labels, participants=pd.DataFrame(index=[label]))
+
     @property
     def files(self) -> tuple[Path, ...]:
         """Files that change whenever a slice changes, sorted; not the stores, which may hold a terabyte (cohort.json has their hashes)."""

@@ -81,3 +81,19 @@ def vicreg(first: Tensor, second: Tensor) -> Tensor:
         off = covariance.square().sum() - covariance.diagonal().square().sum()
         total = total + 0.5 * functional.relu(1 - spread).mean() + 0.5 * off / width / 25
     return total
+
+
+def dice_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One minus the soft Dice over the batch, mean over lesion classes that occur, and the cross-entropy.
+
+    ``logits`` (batch, classes, *pixels), ``labels`` (batch, *pixels) int64. Over the batch, as most slices hold no lesion (nnU-Net's batch Dice).
+    """
+    chances = logits.float().softmax(dim=1)
+    truth = functional.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(chances.dtype)
+    places = (0, *range(2, logits.ndim))
+    common = (chances * truth).sum(dim=places)[1:]
+    both = (chances.sum(dim=places) + truth.sum(dim=places))[1:]
+    occurs = truth.sum(dim=places)[1:] > 0
+    dice = (2 * common + 1) / (both + 1)
+    loss = torch.where(occurs, 1 - dice, 0.0).sum() / occurs.sum().clamp_min(1)
+    return loss, functional.cross_entropy(logits.float(), labels)

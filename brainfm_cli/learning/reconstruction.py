@@ -27,6 +27,7 @@ SCORES = {
 FLOORS = ("mean fill", "inpainting")
 _RESAMPLES = 2000
 _ITERATIONS = 300
+_PULL = 1e-4
 
 
 def score_reconstruction(reconstructed: Mapping[str, Tensor], clean: Tensor, hidden: Tensor, brain: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -46,21 +47,22 @@ def score_reconstruction(reconstructed: Mapping[str, Tensor], clean: Tensor, hid
 
 
 def inpaint(images: Tensor, hidden: Tensor, brain: Tensor) -> Tensor:
-    """(batch, *pixels) with hidden brain filled by the smoothest continuation of its surroundings (harmonic: each pixel the mean of its neighbours)."""
+    """(batch, *pixels) with hidden brain filled by the smoothest continuation of the visible brain: each pixel the mean of its neighbours in the brain."""
     filled = images.clone()
     for place in range(len(images)):
         unknown = (hidden & brain)[place].numpy()
         if unknown.any():
-            known = np.where(hidden[place].numpy(), 0.0, images[place].numpy())  # hidden background is known to be empty
-            filled[place] = torch.from_numpy(_harmonic(known, unknown).astype(np.float32))
+            visible = (brain & ~hidden)[place].numpy()
+            filled[place] = torch.from_numpy(_harmonic(images[place].numpy(), unknown, visible).astype(np.float32))
     return filled
 
 
-def _harmonic(known: NDArray[np.float64], unknown: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _harmonic(known: NDArray[np.float32], unknown: NDArray[np.bool_], visible: NDArray[np.bool_]) -> NDArray[np.float64]:
     number = np.full(unknown.shape, -1)
     number[unknown] = np.arange(int(unknown.sum()))
     count = int(unknown.sum())
-    degree, right = np.zeros(count), np.zeros(count)
+    middle = float(known[visible].mean()) if visible.any() else 0.0
+    degree, right = np.full(count, _PULL), np.full(count, _PULL * middle)  # a part that touches nothing visible takes the mean
     rows: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.int64]] = []
     for axis in range(unknown.ndim):
@@ -69,16 +71,15 @@ def _harmonic(known: NDArray[np.float64], unknown: NDArray[np.bool_]) -> NDArray
             there = [slice(None)] * unknown.ndim
             here[axis], there[axis] = (slice(None, -1), slice(1, None)) if step == 1 else (slice(1, None), slice(None, -1))
             mine, other, value = number[tuple(here)], number[tuple(there)], known[tuple(there)]
-            inside = mine >= 0
-            np.add.at(degree, mine[inside], 1)
-            np.add.at(right, mine[inside & (other < 0)], value[inside & (other < 0)])
-            both = inside & (other >= 0)
+            both, beside = (mine >= 0) & (other >= 0), (mine >= 0) & visible[tuple(there)]
+            np.add.at(degree, mine[both | beside], 1)
+            np.add.at(right, mine[beside], value[beside])
             rows.append(mine[both])
             columns.append(other[both])
     row, column = np.concatenate(rows), np.concatenate(columns)
     matrix = sparse.diags(degree) - sparse.coo_matrix((np.ones(len(row)), (row, column)), shape=(count, count)).tocsr()
     solved, _ = sparse.linalg.cg(matrix.tocsr(), right, rtol=1e-5, maxiter=_ITERATIONS)
-    out = known.copy()
+    out = known.astype(np.float64)
     out[unknown] = solved
     return out
 

@@ -46,13 +46,13 @@ def _figure(examples: Sequence[ReconstructedSlice]) -> Markup:
     names = list(examples[0].images)
     drawing = Figure(figsize=(1.7 * len(names), 1.75 * len(examples)), layout="constrained")
     axes = drawing.subplots(len(examples), len(names), squeeze=False)
-    for row, example in zip(axes, examples, strict=True):
+    for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
         for axis, (name, image) in zip(row, example.images.items(), strict=True):
             shown = image if image.ndim == 2 else image[:, :, image.shape[2] // 2]
             axis.imshow(shown.T, origin="lower", cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
+            if number == 0:
                 axis.set_title(name, fontsize=8)
         row[0].set_ylabel(example.sequence, fontsize=8, parse_math=False)
     return figure(drawing, caption="Slices of held-out people.", alt="Original, visible and reconstructed slices", colours=128)

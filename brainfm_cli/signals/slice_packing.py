@@ -20,7 +20,8 @@ from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Execution, Frozen, Selection
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.provenance import file_sha256, read_record, record_path
-from brainfm_cli.signals.slices import SliceGrid, Volume, artefact_scores, find_head, grid_of, outliers, read_labels, read_volume, to_uint8
+from brainfm_cli.signals.segmentations import joined_labels
+from brainfm_cli.signals.slices import SliceGrid, Volume, artefact_scores, find_head, grid_of, outliers, read_volume, to_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,6 +52,8 @@ class SliceSettings(Frozen):
     """Smallest share of a slice's pixels inside the head."""
     outlier_limit: float = Field(default=6.0, gt=0)
     """Slices whose background noise, ghosting or entropy lies more robust standard deviations from the median of their centre, sequence and plane are left out."""
+    masks: bool = True
+    """Whether lesion masks are packed with the scans."""
     skip_failed: bool = False
     """Go on without participants whose images cannot be used; each is named in the log and in its record."""
 
@@ -129,7 +132,7 @@ def pack_participant(
     def batches() -> Iterator[tuple[PackedScan, pd.DataFrame, NDArray[np.uint8], NDArray[np.uint8] | None]]:
         for study in studies:
             for scan in study.scans:
-                packed = pack_scan(root, scan, study.masks, site, settings, size, dims)
+                packed = pack_scan(root, scan, study.masks if settings.masks else (), site, settings, size, dims)
                 notes.extend(f"{scan.name}: {text}" for text in packed[0].notes)
                 yield packed
 
@@ -144,7 +147,7 @@ def pack_scan(
     volume = read_volume(scan.path, gradients=scan.gradients)
     head = find_head(volume.data)
     grid = grid_of(volume, size=size, plane=settings.plane, dims=dims)
-    lesions, notes = _labels(masks, volume)
+    lesions, notes = joined_labels(masks, volume)
     items = np.rint(grid.cut(to_uint8(volume.data, head))).astype(np.uint8)
     items[grid.cut(head.astype(np.float32)) < 0.5] = 0
     drawn = None if lesions is None else grid.cut(lesions, nearest=True)
@@ -164,18 +167,6 @@ def pack_scan(
         notes=(*volume.notes, *notes),
     )
     return packed, rows, items[enough], None if drawn is None else drawn[enough]
-
-
-def _labels(masks: Sequence[LesionMask], volume: Volume) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-    """All masks of a study on one scan's grid; where two overlap, the later name wins."""
-    if not masks:
-        return None, ()
-    together, notes = np.zeros(volume.data.shape, np.uint8), []
-    for mask in masks:
-        drawn, said = read_labels(mask, volume)
-        together = np.where(drawn > 0, drawn, together)
-        notes += [f"{mask.path.name}: {text}" for text in said]
-    return together, tuple(notes)
 
 
 def _rows(

@@ -112,6 +112,10 @@ def predict(call: Invocation, settings: PredictSettings) -> int:
         return study_readers(call, settings, settings.reader_study)
     if call.model is None:
         raise UsageError("predict needs a model", fix="give --model OUT/models/<id> of 'brainfm prompt-tune'")
+    if read_model_config(call.model).system.get("kind") == "mri-language":
+        from brainfm_cli.stages.predict.scans import predict_scans
+
+        return predict_scans(call, settings)
     if call.lock:
         from brainfm_cli.stages.predict.locking import lock_predictions
 

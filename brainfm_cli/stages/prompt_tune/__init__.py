@@ -34,6 +34,7 @@ from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
 from brainfm_cli.stages.prompt_tune.meta import meta_tune
 from brainfm_cli.stages.prompt_tune.participants import TuneParticipantSettings, tune_participants
+from brainfm_cli.stages.prompt_tune.scans import TuneScansSettings, tune_scans
 from brainfm_cli.systems import BrainGraph, load_system, read_system_settings
 from brainfm_cli.systems.brain_graph import write_text_readers
 from brainfm_cli.systems.brain_graph.texts import alignable, coupling_readers
@@ -78,8 +79,11 @@ def prompt_tune(call: Invocation) -> int:
     if call.model is None:
         raise UsageError("prompt-tune needs a model", fix="give --model OUT/models/<id> of 'brainfm pretrain'")
     choose_device(call.execution.device)
-    if read_model_config(call.model).system.get("kind") == "brain-caption":
+    kind = read_model_config(call.model).system.get("kind")
+    if kind == "brain-caption":
         return tune_participants(call, call.model, TuneParticipantSettings.read(call.config, call.overrides))
+    if kind == "mri-language":
+        return tune_scans(call, call.model, TuneScansSettings.read(call.config, call.overrides))
     return tune_target(call, call.model, PromptTuneSettings.read(call.config, call.overrides))
 
 

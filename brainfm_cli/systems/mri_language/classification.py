@@ -1,0 +1,215 @@
+"""A class for each study: the frozen encoder's slice features, gated attention over them, and a head that is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from brainfm_cli.bids.slice_cohort import SliceCohort
+from brainfm_cli.learning.slice_samples import SliceBatches
+from brainfm_cli.models.mri_encoder import MriEncoder
+from brainfm_cli.models.study_head import GatedAttentionHead
+from brainfm_cli.systems.mri_language.encoder import context_of
+
+_ENCODE_BATCH = 32
+HEAD_WIDTH, HEAD_DROPOUT = 64, 0.2
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFeatures:
+    """What the frozen encoder makes of every slice of some people."""
+
+    slices: dict[str, Tensor]
+    """(slices, features) by participant."""
+    rows: dict[str, NDArray[np.int64]]
+    """(slices,) place of each in the cohort's index."""
+
+
+@torch.no_grad()
+def encode_studies(encoder: MriEncoder, cohort: SliceCohort, people: Sequence[str]) -> StudyFeatures:
+    """(slices, 3 · width) class token, mean and maximum over the tokens of each slice; people without slices are left out."""
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    source = SliceBatches(cohort=cohort, rows=np.array([], np.int64), validation_rows=np.array([], np.int64), batch_size=1, seed=0)
+    names = cohort.slices["participant"].to_numpy().astype(str)
+    slices, rows = {}, {}
+    for label in people:
+        mine = np.flatnonzero(names == label)
+        parts = []
+        for start in range(0, len(mine), _ENCODE_BATCH):
+            batch = source.batch(mine[start : start + _ENCODE_BATCH], None).to(device)
+            found = encoder(batch.images.float() / 255, context_of(batch))
+            parts.append(torch.cat([found.summary, found.tokens.mean(dim=1), found.tokens.amax(dim=1)], dim=1).float().cpu())
+        if parts:
+            slices[label], rows[label] = torch.cat(parts), mine
+    return StudyFeatures(slices=slices, rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyBatch:
+    """Studies with their slices side by side."""
+
+    slices: Tensor
+    """(batch, most slices, features), zero where a study has fewer."""
+    present: Tensor
+    """(batch, most slices) bool."""
+    labels: Tensor
+    """(batch,) int64 class."""
+    keys: Tensor
+    """(batch,) int64."""
+
+    def to(self, device: torch.device) -> StudyBatch:
+        """The same on a device."""
+        return StudyBatch(**{name: getattr(self, name).to(device) for name in ("slices", "present", "labels", "keys")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyBatches:
+    """Batches of studies, as the training loop wants them."""
+
+    features: StudyFeatures
+    """Of everybody."""
+    labels: Mapping[str, int]
+    """Class by participant."""
+    sequences: Mapping[str, NDArray[np.int64]]
+    """(slices,) number of the sequence of each slice, by participant: one is hidden now and then, so that studies that lack it are read too."""
+    people: tuple[str, ...]
+    """Who trains."""
+    validation_people: tuple[str, ...]
+    """Who chooses the epoch."""
+    batch_size: int
+    """Studies per batch."""
+    seed: int
+    """Of the order and of hidden sequences."""
+    drop_sequence: float = 0.3
+    """Share of training studies with several sequences of which one is hidden."""
+
+    @cached_property
+    def num_batches(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.people) // self.batch_size)
+
+    def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[StudyBatch]:
+        """One epoch of this rank's batches."""
+        order = [self.people[place] for place in np.random.default_rng([self.seed, epoch]).permutation(len(self.people))]
+        return _Studies(self, self._parts(order, rank, world_size), epoch)
+
+    def validation(self, *, rank: int, world_size: int) -> Dataset[StudyBatch] | None:
+        """The same studies in every epoch, whole."""
+        return _Studies(self, self._parts(list(self.validation_people), rank, world_size), None) if self.validation_people else None
+
+    def _parts(self, order: Sequence[str], rank: int, world_size: int) -> list[list[str]]:
+        parts = [list(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)]
+        return [part[rank::world_size] or part[:1] for part in parts]
+
+    def batch(self, people: Sequence[str], epoch: int | None) -> StudyBatch:
+        """Studies of these people."""
+        most = max(len(self.features.slices[label]) for label in people)
+        width = next(iter(self.features.slices.values())).shape[1]
+        slices, present = torch.zeros(len(people), most, width), torch.zeros(len(people), most, dtype=torch.bool)
+        keys = [_key(self.seed, label, epoch) for label in people]
+        for place, label in enumerate(people):
+            found = self.features.slices[label]
+            slices[place, : len(found)] = found
+            present[place, : len(found)] = torch.from_numpy(self._kept(label, keys[place], epoch))
+        return StudyBatch(
+            slices=slices, present=present, labels=torch.tensor([self.labels[label] for label in people]), keys=torch.tensor(keys)
+        )
+
+    def _kept(self, label: str, key: int, epoch: int | None) -> NDArray[np.bool_]:
+        numbers = self.sequences[label]
+        kinds = np.unique(numbers)
+        draw = np.random.default_rng(key)
+        if epoch is None or len(kinds) < 2 or draw.random() >= self.drop_sequence:
+            return np.ones(len(numbers), bool)
+        return np.asarray(numbers != draw.choice(kinds), bool)
+
+
+class _Studies(Dataset[StudyBatch]):
+    """Batches by place."""
+
+    def __init__(self, source: StudyBatches, parts: list[list[str]], epoch: int | None) -> None:
+        self._source, self._parts, self._epoch = source, parts, epoch
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, place: int) -> StudyBatch:
+        return self._source.batch(self._parts[place], self._epoch)
+
+
+def _key(seed: int, label: str, epoch: int | None) -> int:
+    text = f"{seed}|{label}|{'validation' if epoch is None else epoch}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyClassifier:
+    """The head with what is needed to train it."""
+
+    head: GatedAttentionHead
+    """What is trained."""
+    class_weights: Tensor
+    """(classes,) weights that make every class count alike."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained."""
+        return self.head
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term."""
+        return {"entropy": 1.0}
+
+    def losses(self, batch: StudyBatch, *, epoch: float) -> dict[str, Tensor]:  # noqa: ARG002
+        """Balanced cross-entropy."""
+        logits, _ = self.head(batch.slices, batch.present)
+        return {"entropy": functional.cross_entropy(logits.float(), batch.labels, weight=self.class_weights.to(logits.device))}
+
+
+def new_classifier(source: StudyBatches, classes: int, *, seed: int) -> StudyClassifier:
+    """A head with fresh weights, its features scaled by the training people's slices."""
+    together = torch.cat([source.features.slices[label] for label in source.people])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = GatedAttentionHead(together.shape[1], classes, width=HEAD_WIDTH, dropout=HEAD_DROPOUT)
+    head.set_scale(together.mean(dim=0), together.std(dim=0))
+    counts = torch.bincount(torch.tensor([source.labels[label] for label in source.people]), minlength=classes).clamp_min(1)
+    return StudyClassifier(head=head, class_weights=counts.sum() / (classes * counts))
+
+
+@torch.no_grad()
+def classify(
+    head: GatedAttentionHead, features: StudyFeatures, people: Sequence[str]
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
+    """(people, classes) probabilities, and by participant the (slices,) weights that they rest on."""
+    head.eval()
+    chances, weights = [], {}
+    for label in people:
+        slices = features.slices[label][None]
+        logits, found = head(slices, torch.ones(slices.shape[:2], dtype=torch.bool))
+        chances.append(logits.double().softmax(dim=1)[0].numpy())
+        weights[label] = found[0].numpy()
+    return np.stack(chances), weights
+
+
+def load_head(folder: Path, features: int, classes: int) -> GatedAttentionHead:
+    """The head of a tuned model's folder."""
+    from brainfm_cli.learning.checkpoints import load_weights
+
+    head = GatedAttentionHead(features, classes, width=HEAD_WIDTH, dropout=HEAD_DROPOUT)
+    load_weights(head, folder / HEAD_FILE)
+    head.eval()
+    return head

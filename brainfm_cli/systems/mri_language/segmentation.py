@@ -1,0 +1,136 @@
+"""Lesions slice by slice: a decoder on the frozen encoder, trained with Dice and cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from brainfm_cli.bids.slice_cohort import SliceCohort
+from brainfm_cli.learning.checkpoints import read_tensors
+from brainfm_cli.learning.image_objectives import dice_and_entropy
+from brainfm_cli.learning.slice_samples import SliceBatch, SliceBatches
+from brainfm_cli.models.mri_decoder import MriSegmenter
+from brainfm_cli.models.mri_encoder import MriEncoder
+from brainfm_cli.systems.mri_language.augmentation import AugmentSettings, make_view, plain_view
+from brainfm_cli.systems.mri_language.encoder import context_of
+
+DECODER_FILE = "decoder.safetensors"
+_ENCODER = "encoder."
+SMALLEST_LESIONS = (0, 3, 10, 30, 100)  # voxels; the choice is made on validation people
+
+
+def decoder_width(encoder: MriEncoder) -> int:
+    """Channels of the decoder for an encoder's size."""
+    return int(np.clip(encoder.shape.widths[2] // 4, 16, 96)) // 4 * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSegmenter:
+    """Encoder and decoder with what is needed to train the second."""
+
+    model: MriSegmenter
+    """The torch module; the encoder's parameters get no gradient."""
+    values: tuple[int, ...]
+    """Label value of each class after the first, which is no lesion."""
+    augment: AugmentSettings
+    """How training slices are varied; labels move with them."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained."""
+        return self.model
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term."""
+        return {"dice": 1.0, "entropy": 1.0}
+
+    def losses(self, batch: SliceBatch, *, epoch: float) -> dict[str, Tensor]:
+        """Dice over the batch and cross-entropy; validation slices are taken as they are."""
+        labels = self.classes_of(batch)
+        images = plain_view(batch.images).seen
+        if np.isfinite(epoch) and self.model.training:
+            view, labels = self._varied(batch, labels)
+            images = view
+        dice, entropy = dice_and_entropy(self.model(images, context_of(batch)), labels)
+        return {"dice": dice, "entropy": entropy}
+
+    def classes_of(self, batch: SliceBatch) -> Tensor:
+        """(batch, *pixels) int64 class of every pixel."""
+        if batch.masks is None:
+            raise ValueError("batches of segmentation carry masks")
+        labels = torch.zeros(batch.masks.shape, dtype=torch.int64, device=batch.masks.device)
+        for number, value in enumerate(self.values, start=1):
+            labels[batch.masks == value] = number
+        return labels
+
+    def _varied(self, batch: SliceBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        view = make_view(batch.images, batch.plane, batch.keys, self.augment, view=0)
+        # labels move as the image does: each class as an image of its own, the strongest one wins
+        still = self.augment.model_copy(update={"gamma": 0.0, "contrast": 0.0, "bias_field": 0.0, "noise": 0.0, "blur": 0.0})
+        moved = [make_view((labels == number).to(torch.uint8) * 255, batch.plane, batch.keys, still, view=0).clean for number in range(1, len(self.values) + 1)]  # fmt: skip
+        shares = torch.stack([torch.full_like(moved[0], 0.5), *moved])
+        return view.seen, shares.argmax(dim=0)
+
+    def decoder_tensors(self) -> dict[str, Tensor]:
+        """What was trained."""
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith(_ENCODER)}
+
+
+def new_segmenter(encoder: MriEncoder, values: Sequence[int], augment: AugmentSettings, *, seed: int) -> ScanSegmenter:
+    """A decoder with fresh weights on a frozen encoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MriSegmenter(encoder, 1 + len(values), width=decoder_width(encoder))
+    return ScanSegmenter(model=model, values=tuple(values), augment=augment)
+
+
+def load_segmenter(encoder: MriEncoder, folder: Path, values: Sequence[int]) -> ScanSegmenter:
+    """The segmenter of a tuned model's folder, in evaluation mode."""
+    made = new_segmenter(encoder, values, AugmentSettings(), seed=0)
+    tensors = read_tensors(folder / DECODER_FILE)
+    made.model.load_state_dict({**{f"{_ENCODER}{name}": value for name, value in encoder.state_dict().items()}, **tensors})
+    made.model.eval()
+    return made
+
+
+def masked_rows(cohort: SliceCohort, people: Sequence[str]) -> NDArray[np.int64]:
+    """Slices of these people's scans that have a mask."""
+    table = cohort.slices
+    return np.flatnonzero((table["participant"].isin(list(people)) & (table["lesion"] >= 0)).to_numpy())
+
+
+def balanced_rows(cohort: SliceCohort, rows: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+    """Slices with lesions, and as many without: most of a brain holds no lesion, and a batch without any teaches little."""
+    lesion = cohort.slices["lesion"].to_numpy()[rows] > 0
+    hit, free = rows[lesion], rows[~lesion]
+    if not len(hit) or len(free) <= len(hit):
+        return rows
+    return np.sort(np.concatenate([hit, np.random.default_rng(seed).choice(free, len(hit), replace=False)]))
+
+
+@torch.no_grad()
+def lesion_chances(
+    segmenter: ScanSegmenter, cohort: SliceCohort, participant: str, scan: str, *, batch_size: int = 16
+) -> NDArray[np.float32]:
+    """(1 + lesion classes, items of the whole scan, *pixels) probabilities on the scan's slice grid; slices that were left out count as no lesion."""
+    model, table = segmenter.model.eval(), cohort.slices
+    mine = np.flatnonzero(((table["participant"] == participant) & (table["scan"] == scan)).to_numpy())
+    grid = next(one.grid for one in cohort.scans(participant) if one.name == scan)
+    count = 1 if cohort.dims == 3 else int(grid["shape"][{"sagittal": 0, "coronal": 1, "axial": 2}[grid["plane"]]])
+    chances = np.zeros((1 + len(segmenter.values), count, *cohort.item_shape), np.float32)
+    chances[0] = 1
+    source = SliceBatches(cohort=cohort, rows=mine, validation_rows=np.array([], np.int64), batch_size=batch_size, seed=0)
+    device = next(model.parameters()).device
+    for start in range(0, len(mine), batch_size):
+        part = mine[start : start + batch_size]
+        batch = source.batch(part, None).to(device)
+        found = model(batch.images.float() / 255, context_of(batch)).float().softmax(dim=1).cpu().numpy()
+        chances[:, table["slice"].to_numpy()[part]] = np.moveaxis(found, 1, 0)
+    return chances

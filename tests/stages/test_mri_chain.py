@@ -1,0 +1,115 @@
+"""pretrain, prompt-tune and predict of mri-language through the command line, down to masks in the grid of the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainfm_cli.errors import EXIT_BAD_DATA, EXIT_NOT_FOUND, EXIT_SETTINGS
+from brainfm_cli.programs.validator import validate
+from tests.stages.command import brainfm
+from tests.synthetic_scans import SyntheticScans, write_scans
+
+PACK = ("slices.sequences=[FLAIR]",)
+PRETRAIN = ("system.preset=nano", "slices.size=48", "epochs=1", "batch_size=16", "system.evaluated_slices=8", *PACK)
+FIT = ("schedule.epochs=12", "schedule.batch_size=8", "schedule.optimiser.learning_rate=0.005", "execution.precision=32-true", *PACK)
+
+
+def only(folder: Path) -> Path:
+    (found,) = folder.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SyntheticScans:
+    root = tmp_path_factory.mktemp("chain")
+    made = write_scans(root / "raw", participants=16)
+    pretrain = ("pretrain", root / "raw", root / "pretrain", "group", "--system", "mri-language", "--device", "cpu")
+    assert brainfm(*pretrain, "--participant-label", "01", "02", "03", "04", "--set", *PRETRAIN) == 0
+    return made
+
+
+def tune(made: SyntheticScans, name: str, *options: str) -> int:
+    root = made.root.parent
+    model = ("--model", only(root / "pretrain" / "models"), "--device", "cpu")
+    return brainfm("prompt-tune", made.root, root / name, "group", *model, *options)
+
+
+def test_lesions_are_found_on_their_side_in_the_grid_of_the_file(made: SyntheticScans) -> None:
+    root = made.root.parent
+    assert tune(made, "seg", "--set", "task=segmentation", "random_encoder=false", *FIT) == 0
+    validate(root / "seg")
+    model = only(root / "seg" / "models")
+    scores = pd.DataFrame(json.loads((model / "evaluation.json").read_text())).set_index(["method", "score"])
+    assert scores.loc[("model", "dice"), "value"] > 0.6
+    assert scores.loc[("model", "dice"), "value"] > scores.loc[("mean mask", "dice"), "value"]
+    tests = pd.read_csv(model / "split.tsv", sep="\t", dtype=str).query("role == 'test'")["participant_id"].tolist()
+    assert not {"01", "02", "03", "04"} & set(tests)  # the encoder's pretraining
+    assert (
+        brainfm("predict", made.root, root / "lesions", "participant", "--model", model, "--device", "cpu", "--participant-label", *tests)
+        == 0
+    )
+    validate(root / "lesions")
+    for label in tests:
+        values = json.loads((root / "lesions" / f"sub-{label}" / f"sub-{label}_desc-brainfm_prediction.json").read_text())
+        image = nib.load(root / "lesions" / values["segmentations"][0]["image"])
+        source = nib.load(made.root / f"sub-{label}" / "anat" / f"sub-{label}_FLAIR.nii.gz")
+        truth = nib.load(made.root / "derivatives" / "lesions" / f"sub-{label}" / "anat" / f"sub-{label}_label-L_mask.nii.gz")
+        assert image.shape == source.shape
+        assert np.allclose(image.affine, source.affine)
+        predicted, observed = np.asarray(image.dataobj) > 0, np.asarray(truth.dataobj) > 0
+        places = [np.c_[np.argwhere(mask), np.ones(mask.sum())] @ image.affine.T for mask in (predicted, observed)]
+        assert np.sign(places[0][:, 0].mean()) == np.sign(places[1][:, 0].mean()) == (-1 if made.sides[label] == "left" else 1)
+        assert values["value"] == pytest.approx(predicted.sum() * 0.25)  # 5 × 5 × 10 mm
+        assert values["seen_in"] == []
+    assert brainfm("predict", made.root, root / "lesions", "group", "--model", model, "--device", "cpu") == 0
+    table = pd.read_csv(root / "lesions" / "phenotype" / "brainfm_lesion.tsv", sep="\t")
+    assert len(table) == len(tests)
+    validate(root / "lesions")
+
+
+def test_classes_are_learnt_and_said_with_their_slices(made: SyntheticScans) -> None:
+    root = made.root.parent
+    longer = tuple(one.replace("epochs=12", "epochs=40") for one in FIT)
+    assert tune(made, "class", "--target", "size", "--set", *longer) == 0
+    validate(root / "class")
+    model = only(root / "class" / "models")
+    scores = pd.DataFrame(json.loads((model / "evaluation.json").read_text())).set_index(["method", "score"])
+    assert {"model", "majority", "no pretraining, same head"} == set(scores.index.get_level_values(0))
+    assert scores.loc[("model", "AUROC"), "value"] >= scores.loc[("majority", "AUROC"), "value"] == 0.5
+    assert "Test people" in (model / "report.html").read_text()
+    assert (model / "model.safetensors").read_bytes() == (only(root / "pretrain" / "models") / "model.safetensors").read_bytes()
+    assert (
+        brainfm("predict", made.root, root / "said", "participant", "--model", model, "--device", "cpu", "--participant-label", "05", "06")
+        == 0
+    )
+    values = json.loads((root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").read_text())
+    assert sum(values["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert values["slices"][0]["weight"] >= values["slices"][-1]["weight"] > 0
+    assert values["note"] == "not for clinical use"
+    before = (root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").stat().st_mtime_ns
+    assert (
+        brainfm("predict", made.root, root / "said", "participant", "--model", model, "--device", "cpu", "--participant-label", "05") == 0
+    )
+    assert (root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").stat().st_mtime_ns == before
+
+
+def test_bad_input_is_named(made: SyntheticScans, capsys: pytest.CaptureFixture[str]) -> None:
+    root = made.root.parent
+    pretrained = only(root / "pretrain" / "models")
+    assert tune(made, "b1") == EXIT_SETTINGS
+    assert tune(made, "b2", "--target", "nothing", "--set", *FIT) == EXIT_NOT_FOUND
+    assert tune(made, "b3", "--target", "size", "--set", "slices.size=64", *PACK) == EXIT_SETTINGS
+    assert brainfm("predict", made.root, root / "b4", "participant", "--model", pretrained) == EXIT_NOT_FOUND
+    few = ("--participant-label", "01", "02", "03", "04", "05")
+    assert tune(made, "b5", "--target", "size", *few, "--set", *FIT) == EXIT_BAD_DATA  # four of five were pretrained on
+    packed = brainfm("prompt-tune", root / "pretrain", root / "b6", "group", "--model", pretrained, "--set", "task=segmentation")
+    assert packed == EXIT_NOT_FOUND
+    assert tune(made, "b7", "--target", "size", "--dry-run") == 0
+    assert not (root / "b7").exists()
+    assert "30%" in capsys.readouterr().out
