@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="brainfm",
-    help="Brain foundation models on BIDS datasets: brainfm COMMAND INPUT_DIR OUTPUT_DIR {participant,group}.",
+    help="Brain foundation models on BIDS datasets: brainfm COMMAND INPUT_DIR OUTPUT_DIR {participant,group}. "
+    "With --container docker|apptainer --image IMAGE the same line runs inside an image.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -290,18 +291,11 @@ def submit(call: Invocation, *, arguments: tuple[str, ...], slurm: list[str], re
         if resubmit != "failed" or len(arguments) != 1:
             raise UsageError("--resubmit takes the word 'failed' and one folder", fix="brainfm submit --resubmit failed OUTPUT_DIR")
         return stage.resubmit(Path(arguments[0]), slurm, dry_run=call.dry_run)
-    commands = {name: one for name, one in typer.main.get_command(app).commands.items() if name in _LEVELS}  # type: ignore[attr-defined]
-    if not arguments or arguments[0] not in commands:
-        raise UsageError(
-            f"'{arguments[0]}' cannot be submitted" if arguments else "submit needs a command",
-            fix=f"use one of: {', '.join(sorted(commands))}",
-        )
-    try:
-        inner = commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
-    except _PARSER_ERROR as error:  # what the command itself would refuse
-        raise UsageError(f"'{arguments[0]}': {error}", fix=f"see brainfm {arguments[0]} --help") from error
-    reading = _invocation(arguments[0], _LEVELS[arguments[0]], {**inner.params, "context": inner})
-    return stage.submit(reading, arguments, slurm, dry_run=call.dry_run)
+    kind, image, line = take_container(arguments)
+    inner = _parsed(line)
+    reading = _invocation(line[0], _LEVELS[line[0]], {**inner.params, "context": inner})
+    named = () if kind is None else ("--container", kind, *(() if image is None else ("--image", image)))
+    return stage.submit(reading, (*line, *named), slurm, dry_run=call.dry_run)
 
 
 Action = Annotated[str, typer.Argument(metavar="{list,get,verify,where}", help="What to do.")]
@@ -326,11 +320,63 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         typer.echo(f"brainfm {brainfm_version()}")
         return
+    kind, image, inside = take_container(arguments)
+    if kind is not None and arguments[:1] != ["submit"]:  # whose jobs run inside the image, not the submission
+        raise SystemExit(_guarded(lambda: _run_inside(kind, image, inside), verbose=0))
     passthrough: tuple[str, ...] = ()
     if arguments[:1] == ["preprocess"] and "--" in arguments:
         place = arguments.index("--")
         arguments, passthrough = arguments[:place], tuple(arguments[place + 1 :])
     app(args=arguments, prog_name="brainfm", obj=passthrough)
+
+
+def take_container(tokens: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """``--container KIND [--image IMAGE]`` of a command line, and the line without them; all that stands behind ``--`` stays."""
+    end = list(tokens).index("--") if "--" in tokens else len(tokens)
+    line = [*tokens[:end]]
+    found: dict[str, str | None] = {"--container": None, "--image": None}
+    if not any(token.partition("=")[0] == "--container" for token in line):
+        return None, None, list(tokens)
+    for flag in found:
+        for place, token in enumerate(line):
+            name, separator, value = token.partition("=")
+            if name == flag:
+                found[flag] = value if separator else (line[place + 1] if place + 1 < len(line) else "")
+                del line[place : place + (1 if separator else 2)]
+                break
+    return found["--container"], found["--image"], [*line, *tokens[end:]]
+
+
+def _run_inside(kind: str, image: str | None, arguments: list[str]) -> int:
+    """Give this process over to the same command inside an image; comes back only where that cannot be."""
+    from brainfm_cli.config import parse_datasets
+    from brainfm_cli.programs.own_image import container_command
+
+    values = _parsed(arguments[: arguments.index("--")] if "--" in arguments else arguments).params
+    paths = {key: value for key, value in values.items() if isinstance(value, Path)}
+    written = [paths.pop(key) for key in ("output_dir", "work_dir") if key in paths]
+    read = [*paths.values(), *parse_datasets(values.get("datasets") or ()).values()]
+    command = container_command(kind, image, arguments, read=read, written=written, gpu=values.get("device") == "cuda")
+    sys.stderr.flush()
+    os.execvp(command.argv[0], command.argv)  # noqa: S606  (no shell: exactly these words; signals and exit code are the container's)
+
+
+def _parsed(arguments: Sequence[str]) -> Any:  # noqa: ANN401  (a context of Typer's parser)
+    """A command line of a command with levels, read as it would be, without running it.
+
+    Raises
+    ------
+    UsageError
+        The command has no levels, or would refuse an option or a value.
+    """
+    commands = {name: one for name, one in typer.main.get_command(app).commands.items() if name in _LEVELS}  # type: ignore[attr-defined]
+    if not arguments or arguments[0] not in commands:
+        named = f"'{arguments[0]}' cannot be" if arguments else "a command is needed to be"
+        raise UsageError(f"{named} run elsewhere", fix=f"use one of: {', '.join(sorted(commands))}")
+    try:
+        return commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+    except _PARSER_ERROR as error:
+        raise UsageError(f"'{arguments[0]}': {error}", fix=f"see brainfm {arguments[0]} --help") from error
 
 
 def normalise(tokens: Sequence[str]) -> list[str]:

@@ -233,8 +233,8 @@ def test_resubmitting_asks_for_more_where_that_was_the_cause(tmp_path: Path, fak
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("submit",), 2, "needs a command"),
-        (("submit", "simulate", "out"), 2, "cannot be submitted"),
+        (("submit",), 2, "a command is needed"),
+        (("submit", "simulate", "out"), 2, "cannot be run elsewhere"),
         (("submit", "parcellate", "INPUT", "out", "participant", "--no-such-flag", "x"), 2, "no-such-flag"),
         (("submit", "parcellate", "INPUT", "out", "nobody"), 2, "no level 'nobody'"),
         (("submit", "parcellate", "--atlases", "A", "--", "INPUT", "out", "participant"), 2, "behind the command's name"),
@@ -267,6 +267,22 @@ def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--participant-label 01" not in said
     assert "# group" in said
     assert not (tmp_path / "out").exists()
+    assert (
+        brainfm(
+            "submit",
+            "parcellate",
+            tmp_path / "in",
+            tmp_path / "out",
+            "participant",
+            "--container",
+            "apptainer",
+            "--image",
+            "b.sif",
+            "--dry-run",
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.count("--container apptainer --image b.sif") == 2
     assert brainfm("submit", "pretrain", tmp_path / "in", tmp_path / "out", "group", "--system", "brain-graph", "--dry-run") == 0
     assert "#SBATCH --requeue" in capsys.readouterr().out
 
