@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -174,21 +175,45 @@ class SliceCohort:
         return read_scans(self.root / f"sub-{participant}")
 
     def _read(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        codes = self.slices["participant"].cat.codes.to_numpy()[rows]
-        places = self.slices["item"].to_numpy()[rows]
+        people, codes, items = self._columns
         out = np.zeros((len(rows), *self.item_shape), np.uint8)
-        for code in np.unique(codes):
-            mine = np.flatnonzero(codes == code)
-            path = self.root / f"sub-{self.slices['participant'].cat.categories[code]}" / name
+        length = int(np.prod(self.item_shape))
+        for code in np.unique(codes[rows]):
+            path = self.root / f"sub-{people[code]}" / name
             if name == "masks.npy" and not path.is_file():
                 continue
+            mine = np.flatnonzero(codes[rows] == code)
             try:
-                # mapped for this read alone: what stays mapped counts as this process's memory
-                store = np.load(path, mmap_mode="r", allow_pickle=False)
-                out[mine] = store[places[mine]]
-            except (OSError, ValueError, EOFError, IndexError) as error:
+                start = self._start_of(path)
+                with path.open("rb") as stream:
+                    for place in mine:
+                        stream.seek(start + int(items[rows[place]]) * length)
+                        out[place].reshape(-1)[:] = np.frombuffer(stream.read(length), np.uint8)
+            except (OSError, ValueError, EOFError) as error:
                 raise InputDatasetError(f"the store of slices is damaged: {error}", where=path, fix="delete its folder, then run 'brainfm pretrain' again") from error  # fmt: skip
         return out
+
+    def _start_of(self, path: Path) -> int:
+        """Bytes before the first item of a store, read once."""
+        if path not in self._starts:
+            with path.open("rb") as stream:
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(stream)
+                if shape[1:] != self.item_shape or fortran or dtype != np.uint8:
+                    raise ValueError(f"it holds {dtype} of {shape}")
+                self._starts[path] = stream.tell()
+        return self._starts[path]
+
+    @cached_property
+    def _columns(self) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+        """Labels of people, and for each slice the number of its participant and its place in their store."""
+        column = self.slices["participant"].cat
+        return list(map(str, column.categories)), np.asarray(column.codes, np.int64), self.slices["item"].to_numpy(np.int64)
+
+    @cached_property
+    def _starts(self) -> dict[Path, int]:
+        return {}
 
 
 def read_scans(folder: Path) -> tuple[PackedScan, ...]:

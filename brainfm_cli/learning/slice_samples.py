@@ -148,16 +148,20 @@ class SliceBatches:
 
     def batch(self, rows: NDArray[np.int64], epoch: int | None) -> SliceBatch:
         """The slices at these places of the index."""
-        table, codes = self.cohort.slices, self._codes
+        codes = self._codes
         return SliceBatch(
             images=torch.from_numpy(self.cohort.items(rows)),
             sequence=torch.from_numpy(codes["sequence"][rows]),
             plane=torch.from_numpy(codes["plane"][rows]),
-            z_mm=torch.from_numpy(table["z_mm"].to_numpy(np.float32)[rows]),
+            z_mm=torch.from_numpy(self._heights[rows]),
             participant=torch.from_numpy(codes["participant"][rows]),
             keys=torch.tensor([_key(self.seed, int(row), epoch) for row in rows], dtype=torch.int64),
             masks=torch.from_numpy(self.cohort.masks(rows)) if self.masks else None,
         )
+
+    @cached_property
+    def _heights(self) -> NDArray[np.float32]:
+        return np.array(self.cohort.slices["z_mm"], np.float32)
 
     @cached_property
     def _codes(self) -> dict[str, NDArray[np.int64]]:

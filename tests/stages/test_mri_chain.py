@@ -106,6 +106,7 @@ def test_bad_input_is_named(made: SyntheticScans, capsys: pytest.CaptureFixture[
     assert tune(made, "b2", "--target", "nothing", "--set", *FIT) == EXIT_NOT_FOUND
     assert tune(made, "b3", "--target", "size", "--set", "slices.size=64", *PACK) == EXIT_SETTINGS
     assert brainfm("predict", made.root, root / "b4", "participant", "--model", pretrained) == EXIT_NOT_FOUND
+    assert brainfm("predict", made.root, root / "b8", "group", "--model", pretrained, "--lock") == EXIT_SETTINGS
     few = ("--participant-label", "01", "02", "03", "04", "05")
     assert tune(made, "b5", "--target", "size", *few, "--set", *FIT) == EXIT_BAD_DATA  # four of five were pretrained on
     packed = brainfm("prompt-tune", root / "pretrain", root / "b6", "group", "--model", pretrained, "--set", "task=segmentation")

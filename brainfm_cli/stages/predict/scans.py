@@ -18,7 +18,7 @@ from brainfm_cli.bids.names import output_name, parse_name
 from brainfm_cli.bids.scans import study_files
 from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
-from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.splits import participant_hash
@@ -57,6 +57,9 @@ def predict_scans(call: Invocation, settings: PredictSettings) -> int:
     """Apply to participants, or tabulate what they got; gives back the exit code."""
     model = call.model
     assert model is not None  # noqa: S101  (checked by the caller)
+    if call.lock or call.reports_only:
+        flag = "--lock" if call.lock else "--reports-only"
+        raise UnsupportedStageError(f"{flag} is not there for mri-language models yet", where=model, fix="leave it out")
     record = read_record_of(model)
     people = choose_participants(call.input_dir, call.selection)
     if call.dry_run:
