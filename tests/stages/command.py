@@ -1,12 +1,16 @@
-"""A command line run in this process."""
+"""A command line run in this process, and what it leaves."""
 
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
 
 from brainfm_cli import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def brainfm(*arguments: object) -> int:
@@ -18,3 +22,14 @@ def brainfm(*arguments: object) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return int(ended.value.code or 0)
+
+
+def brainfm_on_cpu(*arguments: object) -> int:
+    """The same for commands that train; simulating knows no device."""
+    return brainfm(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
+
+
+def only(folder: Path) -> Path:
+    """The only entry of a folder."""
+    (found,) = folder.iterdir()
+    return found

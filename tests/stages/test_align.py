@@ -17,7 +17,7 @@ from brainfm_cli.programs.validator import validate
 from brainfm_cli.provenance import file_sha256
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.brain_graph.texts import Aligned
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
 
 QUICK = (
     "floors.kinds=[majority,covariates]",
@@ -25,10 +25,6 @@ QUICK = (
     "evaluation.permutations=99",
     "evaluation.groups=[]",
 )
-
-
-def brainfm(*arguments: object) -> int:
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.models.series_scaling import population_spread, robust_spread
 from brainfm_cli.programs.validator import validate
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
+from tests.stages.command import only
 
 TRAINING = (
     "system.preset=tiny", "system.windows.patch_s=20", "system.windows.window_s=80", "system.windows.min_s=40",
@@ -26,15 +27,6 @@ QUICK = (
     "floors.kinds=[majority,fisherz]", "evaluation.bootstraps=100", "evaluation.permutations=99", "evaluation.inner_folds=2",
     "evaluation.groups=[sex]",
 )  # fmt: skip
-
-
-def brainfm(*arguments: object) -> int:
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
-
-
-def only(folder: Path) -> Path:
-    (found,) = folder.iterdir()
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from brainfm_cli.learning.tuned import prepare_inputs
 from brainfm_cli.learning.tuning import embed
 from brainfm_cli.programs.validator import validate
 from brainfm_cli.systems import load_system
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
+from tests.stages.command import only
 
 SERIES = ("system.preset=tiny", "system.width=32", "system.windows.patch_s=20", "system.windows.window_s=80", "system.windows.min_s=40")
 TRAINING = ("epochs=1", "batch_size=8", "where.cohort=[drug-free]", "optimiser.learning_rate=0.001")
@@ -30,15 +31,6 @@ RIVALS = (
     "rivals.kinds=[brain-network-transformer,series-cnn,same-encoder]", "rivals.training.epochs=1", "rivals.training.stops=1",
     "rivals.training.inner_folds=1",
 )  # fmt: skip
-
-
-def brainfm(*arguments: object) -> int:
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
-
-
-def only(folder: Path) -> Path:
-    (found,) = folder.iterdir()
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.learning.checkpoints import read_tensors
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
+from tests.stages.command import only
 
 TRAINING = (
     "system.preset=tiny", "system.width=32", "system.windows.patch_s=20", "system.windows.window_s=80", "system.windows.min_s=40",
@@ -22,15 +23,6 @@ QUICK = (
     "refit=always", "pretraining=inside", "design.folds=2", "floors.kinds=[majority]", "evaluation.bootstraps=100",
     "evaluation.permutations=99", "evaluation.inner_folds=2", "evaluation.groups=[sex]", "random_encoder=false",
 )  # fmt: skip
-
-
-def brainfm(*arguments: object) -> int:
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
-
-
-def only(folder: Path) -> Path:
-    (found,) = folder.iterdir()
-    return found
 
 
 @pytest.fixture(scope="module")

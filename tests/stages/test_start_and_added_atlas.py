@@ -10,7 +10,7 @@ import pytest
 
 from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.programs.validator import validate
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,10 +19,6 @@ SCHAEFER, AAL = "Schaefer2018_seg-7n_scale-100", "AAL116"
 TRAINING = ("epochs=1", "steps=3", "batch_size=16", "log_every=1", "where.split=[discovery]")
 META = ("meta.shots=2", "meta.queries=2", "meta.inner_steps=1", "meta.epochs=1", "meta.exclude=[Arvel]", "where.split=[discovery]")
 QUICK = ("floors.kinds=[majority]", "evaluation.bootstraps=50", "evaluation.permutations=19", "evaluation.inner_folds=2")
-
-
-def brainfm(*arguments: object) -> int:
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
 
 
 def only(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from brainfm_cli.learning.targets import TargetSettings, read_target
 from brainfm_cli.learning.tuned import TargetRecord
 from brainfm_cli.programs.validator import validate
 from brainfm_cli.systems import load_system
-from tests.stages.command import brainfm as run_command
+from tests.stages.command import brainfm_on_cpu as brainfm
 
 ATLAS = "Schaefer2018_seg-7n_scale-100"
 QUICK = (
@@ -46,11 +46,6 @@ EVALUATION = {
     "report.html",
     "split.tsv",
 }
-
-
-def brainfm(*arguments: object) -> int:
-    """Exit code of a command line; training runs on the CPU."""
-    return run_command(*arguments, *([] if arguments[0] == "simulate" else ["--device", "cpu"]))
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 
 from brainfm_cli.errors import EXIT_BAD_DATA
 from brainfm_cli.programs.validator import validate
-from tests.stages.command import brainfm
+from tests.stages.command import brainfm, only
 
 TRAINING = ("system.preset=tiny", "system.windows.patch_s=20", "system.windows.window_s=80", "system.windows.min_s=40")
 SMALL = ("system.width=32", "epochs=1", "batch_size=8", "where.cohort=[drug-free]")
@@ -23,11 +23,6 @@ QUICK = (
 ABLATIONS = "ablations={series only: [embedding], connectivity only: [edges, groups]}"
 ARMS = ("arms.treated=drug", "arms.test.bootstraps=99", "arms.strata.bootstraps=100")
 EXPLAIN = ("explain.people=1", "explain.steps=8", "explain.most_steps=64", "explain.baselines=[zero]")
-
-
-def only(folder: Path) -> Path:
-    (found,) = folder.iterdir()
-    return found
 
 
 @pytest.fixture(scope="module")
