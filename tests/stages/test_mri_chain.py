@@ -114,3 +114,21 @@ def test_bad_input_is_named(made: SyntheticScans, capsys: pytest.CaptureFixture[
     assert tune(made, "b7", "--target", "size", "--dry-run") == 0
     assert not (root / "b7").exists()
     assert "30%" in capsys.readouterr().out
+
+
+def test_real_scans_get_masks_in_their_own_grid(made: SyntheticScans, test_data: Path) -> None:
+    """Depends on the segmentation above; the model knows simulated heads, so only the way back is tested."""
+    root = made.root.parent
+    model = only(root / "seg" / "models")
+    for name, expected in (("bids_stroke", 1), ("bids_glioma", 2)):
+        out = root / f"real-{name}"
+        assert brainfm("predict", test_data / name, out, "participant", "--model", model, "--device", "cpu") == 0
+        images = sorted(out.rglob("*_dseg.nii.gz"))
+        assert len(images) == expected
+        for path in images:
+            reference = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["SpatialReference"]
+            source = nib.load(test_data / name / reference.removeprefix("bids::"))
+            image = nib.load(path)
+            assert image.shape == source.shape
+            assert np.allclose(image.affine, source.affine, atol=1e-3)
+        validate(out)
