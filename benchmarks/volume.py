@@ -61,11 +61,14 @@ def measure(preset: str, batch: int, size: int | None, dims: int, device: torch.
     data, few = batch_of(batch, side, dims, device), batch_of(COUNTED, side, dims, device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
 
-    @torch.no_grad()
-    def infer(given: SliceBatch = data) -> None:
+    def encode(given: SliceBatch) -> None:
         module.eval()
         with half:
             system.model.encoder(given.images.float() / 255, context_of(given))
+
+    @torch.no_grad()
+    def infer() -> None:
+        encode(data)
 
     def step(given: SliceBatch = data) -> None:
         module.train()
@@ -81,7 +84,7 @@ def measure(preset: str, batch: int, size: int | None, dims: int, device: torch.
         "preset": preset, "dims": dims, "size": side, "batch": batch, "precision": arguments.precision, "device": str(device),
         "threads": torch.get_num_threads(), "parameters": sum(parameter.numel() for parameter in module.parameters()),
     }  # fmt: skip
-    for name, work, counted in (("infer", infer, lambda: infer(few)), ("train", step, lambda: step(few))):
+    for name, work, counted in (("infer", infer, lambda: encode(few)), ("train", step, lambda: step(few))):
         operations = counted_flops(counted) * batch / COUNTED
         rate = lambda: matmul_rate(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)  # noqa: E731
         took, mean, ratio = beside_floor(work, operations, rate, device, repeats=arguments.repeats)
