@@ -336,7 +336,8 @@ def report_null(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean MCC with its interval, the p's, and what selecting the epoch on the test fold would have given."""
     found: dict[str, Any] = {"trials": len(rows)}
     for name in ("mcc", "last_epoch_mcc", "selected_epoch_mcc"):
-        values = np.array([row[name] for row in rows], float)
+        # one decision for everybody has no MCC: it counts as 0, as scikit-learn has it
+        values = np.nan_to_num(np.array([row[name] for row in rows], float))
         error = values.std(ddof=1) / np.sqrt(len(values))
         found[name] = [round(float(value), 4) for value in (values.mean(), values.mean() - 1.96 * error, values.mean() + 1.96 * error)]
     p = np.array([row["p"] for row in rows], float)

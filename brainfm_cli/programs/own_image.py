@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Kind = Literal["docker", "apptainer", "singularity"]
 IMAGE_VARIABLE = "BRAINFM_IMAGE"
 """Environment variable that names the image where --image does not."""
+_SCRATCH = "/tmp"  # noqa: S108  (of the container, in memory)
 
 
 def container_command(
@@ -76,10 +77,10 @@ def _docker(binds: Sequence[str], *, gpu: bool) -> list[str]:
         "none",
         "--read-only",
         "--tmpfs",
-        "/tmp",
+        _SCRATCH,
         "--workdir",
-        os.getcwd(),
-    ]  # noqa: PTH109, S108
+        str(Path.cwd()),
+    ]
     words += ["--user", f"{os.getuid()}:{os.getgid()}"] if os.getuid() else []
     words += ["--gpus", "all"] if gpu else []
     return [*words, *(word for bind in binds for word in ("--volume", bind))]
@@ -87,7 +88,7 @@ def _docker(binds: Sequence[str], *, gpu: bool) -> list[str]:
 
 def _apptainer(binds: Sequence[str], *, gpu: bool) -> list[str]:
     # nothing of the user's home comes in: its packages and settings would be taken for the image's
-    words = ["run", "--cleanenv", "--no-home", "--pwd", os.getcwd()]  # noqa: PTH109
+    words = ["run", "--cleanenv", "--no-home", "--pwd", str(Path.cwd())]
     words += ["--nv"] if gpu else []
     return [*words, *(word for bind in binds for word in ("--bind", bind))]
 
