@@ -233,7 +233,8 @@ def test_masks_depend_on_the_scan_not_on_its_batch(system: BrainGraph) -> None:
             name: replace(one, series=one.series[rows], frames=one.frames[rows], seconds=one.seconds[rows])
             for name, one in (("first", whole.first), ("second", whole.second))
         }
-        return replace(whole, **windows, keys=whole.keys[rows], dataset=whole.dataset[rows], participant=whole.participant[rows])
+        own = {name: getattr(whole, name)[rows] for name in ("keys", "dataset", "participant", "counted")}
+        return replace(whole, **windows, **own)
 
     halves = [float(system.losses(part(rows), epoch=0.0)["node"].detach()) for rows in (slice(0, 3), slice(3, 6))]
     assert float(system.losses(whole, epoch=0.0)["node"].detach()) == pytest.approx(np.mean(halves), rel=1e-5)
