@@ -23,6 +23,10 @@ FOLDER = Path("logs") / "slurm"
 """Where submissions lie in an output folder."""
 MOST_REQUEUES = 20
 """A job that was stopped by its time limit this often makes no progress."""
+LARGEST_ARRAY = 1000
+"""Tasks of one array: the index that sbatch takes by default is below 1001."""
+MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
+"""Options of sbatch that exclude one another."""
 WARNING_S = 120
 """Seconds before the time limit at which a job that resumes is told to save its state."""
 Class = Literal["memory", "time", "node", "cancelled", "data", "settings", "program", "unknown"]
@@ -93,8 +97,9 @@ class Resources(Frozen):
                 own[key].append(value)
             else:
                 options[key] = value
-        if "mem" in options:
-            megabytes(options["mem"])
+        for name in MEMORY_OPTIONS:
+            if name in options:
+                megabytes(options[name])
         if "time" in options:
             seconds(options["time"])
         return cls(
@@ -108,8 +113,9 @@ class Resources(Frozen):
     def with_more(self, *, memory: bool, time: bool) -> Resources:
         """Twice the memory, or twice the time."""
         options = dict(self.options)
-        if memory and "mem" in options:
-            options["mem"] = f"{2 * megabytes(options['mem'])}M"
+        for name in MEMORY_OPTIONS:
+            if memory and name in options:
+                options[name] = f"{2 * megabytes(options[name])}M"
         if time and "time" in options:
             options["time"] = clock(2 * seconds(options["time"]))
         return self.model_copy(update={"options": options})
@@ -202,7 +208,7 @@ def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], r
         lines += [
             "# a trapped signal ends 'wait' before the command has ended",
             'while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done',
-            f'if [ "$asked" = 1 ] && [ "$code" != 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then',
+            f'if [ "$asked" = 1 ] && {{ [ "$code" = 75 ] || [ "$code" -gt 128 ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID" && exit 0',
             "fi",
         ]
@@ -291,7 +297,9 @@ def tasks_of(output: Path, submissions: Sequence[Submission]) -> list[Task]:
             for number, label in enumerate(job.labels, 1) if job.role == "participants" else ((None, ""),):
                 name = job.job_id if number is None else f"{job.job_id}_{number}"
                 unit = f"sub-{label}" if label else job.role
-                last[job.argv[0], job.role, unit] = _task(output, folder, job, name, unit, queue)
+                last[" ".join(job.argv) if job.role == "single" else job.argv[0], job.role, unit] = _task(
+                    output, folder, job, name, unit, queue
+                )
     return list(last.values())
 
 
@@ -306,8 +314,10 @@ def _task(output: Path, folder: Path, job: Job, name: str, unit: str, queue: Map
     code, node = _exit_of(folder / f"exit-{name}", node)
     if code == 0:
         return Task(status="done", node=node, **about)  # type: ignore[arg-type]
-    if not state:
+    if not state and code is None:
         state, node = _remembered(name, node)
+        if state in _WAITING | _ACTIVE:  # the queue could not be read, or belongs to somebody else
+            return Task(status="pending" if state in _WAITING else "running", node=node, **about)  # type: ignore[arg-type]
     words = _tail(log).lower()
     failure = _CLASS_OF_STATE.get(state) or next((kind for text, kind in _CLASS_OF_WORDS if text in words), None)
     if failure in {None, "cancelled"}:

@@ -10,7 +10,17 @@ from rich.console import Console
 
 from brainfm_cli.bids.inputs import choose_participants
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError, UsageError
-from brainfm_cli.programs.slurm import FOLDER, Job, Resources, job_script, read_submissions, submit_jobs, tasks_of
+from brainfm_cli.programs.slurm import (
+    FOLDER,
+    LARGEST_ARRAY,
+    MEMORY_OPTIONS,
+    Job,
+    Resources,
+    job_script,
+    read_submissions,
+    submit_jobs,
+    tasks_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,15 +60,20 @@ def submit(call: Invocation, argv: Sequence[str], pairs: Sequence[str], *, dry_r
     if [name, *rest[:3]] != [call.command, *places]:
         raise UsageError("submit needs input, output and level behind the command's name", fix=f"brainfm submit {name} INPUT OUTPUT LEVEL [options] --slurm …")  # fmt: skip
     asked = Resources.parse(pairs)
-    resources = asked.model_copy(update={"options": DEFAULTS.get(name, _TRAINING) | asked.options})
+    defaults = DEFAULTS.get(name, _TRAINING)
+    if any(option in asked.options for option in MEMORY_OPTIONS):
+        defaults = {option: value for option, value in defaults.items() if option != "mem"}
+    resources = asked.model_copy(update={"options": defaults | asked.options})
     paths = (str(call.input_dir.absolute()), str(call.output_dir.absolute()))
     if call.level == "participant" and name in BY_PARTICIPANT:
         labels = tuple(choose_participants(call.input_dir, call.selection))
         options = _without(rest[3:], _HIDDEN)
+        parts = [labels[start : start + LARGEST_ARRAY] for start in range(0, len(labels), LARGEST_ARRAY)]
         jobs = [
-            Job(role="participants", job_id="", labels=labels, argv=(name, *paths, "participant", *options), resources=resources),
-            Job(role="group", job_id="", argv=(name, *paths, "group", *options), resources=resources),
+            Job(role="participants", job_id="", labels=part, argv=(name, *paths, "participant", *options), resources=resources)
+            for part in parts
         ]
+        jobs.append(Job(role="group", job_id="", argv=(name, *paths, "group", *options), resources=resources))
     else:
         jobs = [Job(role="single", job_id="", argv=(name, *paths, call.level, *rest[3:]), resources=resources)]
     return _submit(call.output_dir, jobs, dry_run=dry_run)

@@ -129,7 +129,9 @@ def test_scripts_are_bash(tmp_path: Path, job: Job, resumes: bool) -> None:
     assert '--output="' in script  # the folder has a blank
 
 
-@pytest.mark.parametrize(("code", "asked", "requeued"), [(0, False, False), (75, False, False), (75, True, True), (0, True, False)])
+@pytest.mark.parametrize(
+    ("code", "asked", "requeued"), [(0, False, False), (75, False, False), (75, True, True), (0, True, False), (65, True, False)]
+)
 def test_a_script_requeues_what_was_stopped_in_time(tmp_path: Path, fake: Path, code: int, asked: bool, requeued: bool) -> None:
     program(fake, "scontrol", "exit 0")
     program(fake, "brainfm", f"trap 'exit {code}' USR1\nfor i in 1 2 3 4 5 6 7 8 9; do sleep 0.1; done\nexit {code}")
@@ -203,6 +205,11 @@ def test_what_became_of_tasks(tmp_path: Path, fake: Path) -> None:
         "data": "data", "bug": "program", "mem": "memory", "time": "time", "oom": "memory", "node": "node", "gone": "unknown",
     }  # fmt: skip
     assert (found["wait"].reason, found["run"].node, found["data"].node, found["node"].node) == ("Resources", "node3", "node7", "node2")
+
+    program(fake, "squeue", "exit 1")  # as where another user asks
+    program(fake, "sacct", f'case "$*" in *50_{number["run"]}*) echo "RUNNING|node3";; *50_{number["wait"]}*) echo "PENDING|";; esac')
+    seen = {task.unit.removeprefix("sub-"): task.status for task in tasks_of(out, read_submissions(out))}
+    assert (seen["run"], seen["wait"]) == ("running", "pending")
 
     program(fake, "sbatch", "echo 60")
     second = out / FOLDER / submit_jobs(out, [job.model_copy(update={"labels": ("mem",)})], brainfm=("brainfm",), resumes=False).name
@@ -285,6 +292,18 @@ def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count("--container apptainer --image b.sif") == 2
     assert brainfm("submit", "pretrain", tmp_path / "in", tmp_path / "out", "group", "--system", "brain-graph", "--dry-run") == 0
     assert "#SBATCH --requeue" in capsys.readouterr().out
+
+
+def test_large_datasets_are_several_arrays_and_memory_is_asked_for_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(1001):
+        (tmp_path / "in" / f"sub-{number:04d}").mkdir(parents=True)
+    assert brainfm("submit", "parcellate", tmp_path / "in", tmp_path / "out", "participant", "--slurm", "mem-per-cpu=2G", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "--array=1-1000" in said
+    assert "--array=1-1\n" in said
+    assert "--dependency=afterany:JOB1:JOB2" in said
+    assert "--mem=" not in said
+    assert Resources.parse(["mem-per-cpu=2G"]).with_more(memory=True, time=False).options == {"mem-per-cpu": "4096M"}
 
 
 def test_status_shows_jobs_before_anything_is_done(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

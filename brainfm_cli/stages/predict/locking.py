@@ -145,6 +145,9 @@ def read_lock(root: Path) -> LockedPredictions:
         raise InputNotFoundError("no predictions are locked here", where=root, fix="run 'brainfm predict … group --lock' first") from error
     except (OSError, ValueError) as error:
         raise InputDatasetError(f"the lock is unreadable: {error}", where=root / SEAL, fix="use the folder that --lock wrote") from error
+    lacking = [key for key in ("date", "sha256", "positive", "model", "outcomes_known") if not isinstance(seal, dict) or key not in seal]
+    if isinstance(seal, dict) and lacking:
+        raise InputDatasetError(f"the lock lacks '{lacking[0]}'", where=root / SEAL, fix="use the folder that --lock wrote")
     if not isinstance(seal, dict) or hashlib.sha256(content).hexdigest() != seal.get("sha256"):
         raise InputDatasetError(
             f"the predictions were changed after they were locked on {seal.get('date', 'an unknown date') if isinstance(seal, dict) else 'an unknown date'}",
