@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from brainfm_cli.documents import parse_yaml
 from brainfm_cli.errors import SettingsError, UsageError
 
 if TYPE_CHECKING:
@@ -202,10 +203,10 @@ def _values(config: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SettingsError("the settings file does not exist", where=path, fix="check the path of --config") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"the settings file cannot be read: {error}", where=path, fix="it must be UTF-8 YAML of 'field: value' lines"
         ) from error
@@ -222,8 +223,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not separator or not all(keys):
         raise SettingsError(f"'--set {override}' is not of the form a.b=c", fix="write e.g. --set system.num_layers=8")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise SettingsError(f"the value of '--set {override}' is not YAML", fix="quote it, e.g. --set 'a=[1, 2]'") from error
     for key in reversed(keys):
         value = {key: value}

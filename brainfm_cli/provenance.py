@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 from functools import cache, lru_cache
@@ -18,6 +17,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 
 RECORDS_FOLDER = Path("logs") / "records"
 Status = Literal["done", "failed", "running"]
@@ -170,7 +170,7 @@ def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 
 def input_configuration_hash(dataset: Path) -> str | None:
     """ConfigurationHash of the first GeneratedBy entry of a derivative; none for raw datasets."""
     try:
-        description = json.loads((dataset / "dataset_description.json").read_text(encoding="utf-8"))
+        description = read_json(dataset / "dataset_description.json")
         value = description["GeneratedBy"][0]["ConfigurationHash"]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None

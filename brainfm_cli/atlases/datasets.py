@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from brainfm_cli.atlases.atlas import Atlas, Kind, Source
 from brainfm_cli.bids.names import atlas_label, parse_name
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.records import RegionTable
 
@@ -129,7 +129,7 @@ def _listed(value: object) -> list[object]:
 def _description(folder: Path, atlas: str) -> dict[str, Any]:
     path = folder / f"atlas-{atlas}_description.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -14,7 +14,6 @@ Free of imaging libraries: training reads cohorts on bare GPU nodes.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
 
@@ -294,7 +294,7 @@ def _write_atlas(folder: Path, atlas: CohortAtlas) -> None:
 def _read_atlas(root: Path, label: str) -> CohortAtlas:
     path = root / f"atlas-{label}.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         centroids = values["centroids_mm"]
         regions = RegionTable(
             names=tuple(values["names"]),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from brainfm_cli.bids.names import BIDSIGNORE
 from brainfm_cli.config import Settings, digest_of
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import ConfigurationConflictError, InputNotFoundError, OutputError
 from brainfm_cli.provenance import UnitRecord, brainfm_version, input_configuration_hash, record_path
 
@@ -230,7 +231,7 @@ def link_name(source: Path, index: int) -> str:
 
 def _check_same(existing: Path, command: str, chained: str) -> None:
     try:
-        description: Mapping[str, Any] = json.loads(existing.read_text(encoding="utf-8"))
+        description: Mapping[str, Any] = read_json(existing)
         generated = description["GeneratedBy"][0]
         made_by, found = str(generated["Description"]), generated["ConfigurationHash"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:

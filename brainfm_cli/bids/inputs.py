@@ -7,7 +7,6 @@ has already parcellated are found in :mod:`brainfm_cli.bids.series_inputs`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from brainfm_cli.bids.names import parse_name
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 from brainfm_cli.records import RunFiles, RunKey
 
@@ -137,7 +137,7 @@ def read_filters(selection: Selection, query: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        queries = json.loads(path.read_text(encoding="utf-8"))
+        queries = read_json(path)
     except FileNotFoundError as error:
         raise SettingsError("the filter file does not exist", where=path, fix="check --bids-filter-file") from error
     except (OSError, ValueError) as error:
@@ -240,7 +240,7 @@ def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybi
     indexer = BIDSLayoutIndexer(validate=False, ignore=ignored)
     try:
         return BIDSLayout(window, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last from brackets nested too deeply
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}".replace(str(window), str(root)), where=root,
             fix="mend the named JSON file; a sidecar must be valid JSON",
@@ -349,7 +349,7 @@ def _kind(root: Path) -> Kind | None:
 
 def _producer(root: Path) -> tuple[str, str]:
     try:
-        first = json.loads((root / "dataset_description.json").read_text(encoding="utf-8"))["GeneratedBy"][0]
+        first = read_json(root / "dataset_description.json")["GeneratedBy"][0]
         return str(first.get("Name", "")), str(first.get("Version", ""))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return ("HALFpipe", "") if root.name == "halfpipe" else ("", "")

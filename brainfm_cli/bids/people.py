@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from brainfm_cli.bids.derivatives import write_json, write_tsv
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def linked_datasets(dataset: Path) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputDatasetError(f"the JSON is unreadable: {error}", where=path, fix="mend the file") from error
     return values if isinstance(values, dict) else {}

@@ -6,7 +6,6 @@ the input. Only headers are read.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from brainfm_cli.bids.inputs import in_selection, list_participants, matches_filters, read_filters, run_key, walk_files
 from brainfm_cli.bids.names import parse_name
 from brainfm_cli.bids.raw_headers import check_run, check_volume
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def check_raw_dataset(root: Path) -> None:
         raise InputNotFoundError("the input folder does not exist", where=root, fix="check the path")
     path = root / "dataset_description.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
     except FileNotFoundError as error:
         raise InputNotFoundError(
             "the input is no BIDS dataset: it has no dataset_description.json", where=root, fix="give the folder that holds it"
@@ -271,7 +271,7 @@ def _read_metadata(root: Path, label: str, paths: Sequence[Path]) -> dict[Path, 
     try:
         layout = BIDSLayout(root, validate=False, config=["bids"], indexer=indexer)
         return {path: dict(layout.get_metadata(str(path.absolute()))) for path in paths}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last from brackets nested too deeply
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}", where=root, fix="mend the named JSON file; a sidecar must be valid JSON"
         ) from error

@@ -8,7 +8,6 @@ From names and JSON files alone: no image is opened.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from brainfm_cli.bids.inputs import in_selection, list_participants, walk_files
 from brainfm_cli.bids.names import parse_name
 from brainfm_cli.bids.slice_cohort import ScanSequence
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def _spatial_reference(path: Path) -> str | None:
     if not sidecar.is_file():
         return None
     try:
-        values = json.loads(sidecar.read_text(encoding="utf-8"))
+        values = read_json(sidecar)
         said = values.get("SpatialReference")
     except (OSError, ValueError, AttributeError) as error:
         raise InputDatasetError(f"the mask's JSON is unreadable: {error}", where=sidecar, fix="mend the file") from error

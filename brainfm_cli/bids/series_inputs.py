@@ -13,7 +13,6 @@ HALFpipe          ``func/task-T/…_feature-F_atlas-A_timeseries.tsv`` without a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -22,6 +21,7 @@ import numpy as np
 
 from brainfm_cli.bids.inputs import in_selection, matches_filters, read_filters, run_key, walk_files
 from brainfm_cli.bids.names import atlas_label, parse_name
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import ParcellatedRun
 
@@ -258,7 +258,7 @@ def _merge(sidecars: Sequence[Path]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for path in sidecars:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except (OSError, ValueError) as error:
             raise InputDatasetError(f"the JSON is unreadable: {error}", where=path, fix="mend the file") from error
         if isinstance(values, dict):

@@ -15,7 +15,6 @@ A store is one participant, so that packing resumes where it stopped and nothing
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ import numpy as np
 
 from brainfm_cli.bids.cohort import read_participants
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class SliceCohort:
             )  # fmt: skip
         try:
             slices = pd.read_parquet(index)
-            described = json.loads((root / "cohort.json").read_text(encoding="utf-8"))
+            described = read_json(root / "cohort.json")
             size, dims = int(described["size"]), int(described["dims"])
             labels = {int(value): str(name) for value, name in described["labels"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -220,7 +220,7 @@ def read_scans(folder: Path) -> tuple[PackedScan, ...]:
     """The scans of one participant's packed folder."""
     path = folder / "scans.json"
     try:
-        return tuple(_packed_scan(values) for values in json.loads(path.read_text(encoding="utf-8"))["scans"])
+        return tuple(_packed_scan(values) for values in read_json(path)["scans"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputDatasetError(f"the description of packed scans is unreadable: {error}", where=path, fix=_AGAIN) from error
 

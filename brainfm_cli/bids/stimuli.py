@@ -8,7 +8,6 @@ template, and say so. Nothing here reads pictures or brains.
 from __future__ import annotations
 
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = read_json(path)
         found: dict[str, list[str]] = {}
         if isinstance(values, dict) and "annotations" in values:
             for annotation in values["annotations"]:

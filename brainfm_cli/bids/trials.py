@@ -7,7 +7,6 @@ The images are read in :mod:`brainfm_cli.signals.trial_maps`.
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from brainfm_cli.bids.derivatives import write_json, write_tsv
 from brainfm_cli.bids.images import Space, sidecar, write_image, write_series
 from brainfm_cli.bids.inputs import in_selection, list_participants, run_key, walk_files
 from brainfm_cli.bids.names import output_name, parse_name
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def read_scale(run: TrialRun) -> float | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("Scale")
+        value = read_json(path).get("Scale")
     except (OSError, ValueError, AttributeError) as error:
         raise InputDatasetError(f"the sidecar is unreadable: {error}", where=path, fix="it must be a JSON object") from error
     if value is None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import numpy as np
 from brainfm_cli.bids.cohort import HEADER_BYTES, npy_header, read_participants
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
 from brainfm_cli.bids.stimuli import Stimulus
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class VoxelCohort:
             )
         try:
             trials = pd.read_parquet(index)
-            described = json.loads((root / "stimuli.json").read_text(encoding="utf-8"))
+            described = read_json(root / "stimuli.json")
             stimuli = {
                 name: Stimulus(
                     name=name, captions=tuple(one["captions"]), source=one["source"], file=one["file"], fields=dict(one["fields"])
@@ -312,7 +312,7 @@ def order_voxels(mask: NDArray[np.bool_], regions: NDArray[np.int64] | None) -> 
 def _read_space(root: Path, participant: str) -> VoxelSpace:
     path = root / f"voxels-{participant}.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         places = np.load(root / f"places-{participant}.npy", allow_pickle=False)
         return VoxelSpace(
             participant=participant,

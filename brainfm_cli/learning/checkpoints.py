@@ -28,6 +28,7 @@ from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_bytes
 from brainfm_cli.bids.voxel_cohort import VoxelSpace
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import parse_yaml, read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InputNotFoundError, InternalError
 from brainfm_cli.provenance import file_sha256
 
@@ -128,7 +129,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     if not path.is_file():
         raise InputNotFoundError("no model here", where=model_dir, fix="give the path of a models/<id> folder")
     try:
-        config = ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        config = ModelConfig.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise CheckpointMismatchError(f"config.yaml is not a brainfm model's: {error}", where=path, fix="give a models/<id> folder") from error  # fmt: skip
     if config.format != MODEL_FORMAT:
@@ -324,7 +325,7 @@ def newest_state(folder: Path) -> TrainingState | None:
         return TrainingState(
             weights=read_tensors(newest / "model.safetensors"),
             moments=read_tensors(newest / "optimiser.safetensors"),
-            progress=json.loads((newest / "progress.json").read_text(encoding="utf-8")),
+            progress=read_json(newest / "progress.json"),
             log=(newest / "log.csv").read_text(encoding="utf-8"),
         )
     except (OSError, ValueError, CheckpointMismatchError, InputNotFoundError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pandas as pd
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.config import Execution, digest_of
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning.checkpoints import load_weights, read_model_config
 from brainfm_cli.learning.device import choose_device
@@ -250,7 +250,7 @@ class _Backbones:
         """
         folder = self.request.root / "models" / f"{self.request.model.name}-repeat{fold.repeat}-fold{fold.fold}"
         stamp, values = folder / "inputs.json", {"sha256": digest_of({"people": sorted(people), "series": self._series})}
-        if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != values:
+        if not stamp.is_file() or read_json(stamp) != values:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(stamp, values)
         return folder

@@ -5,7 +5,6 @@ The same people, settings and seed give the same weights, whether the run was ki
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Execution, Settings
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, UsageError
 from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, read_model_config, shared_atlases, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
@@ -333,7 +333,7 @@ def _whole(prepared: Prepared) -> Iterator[Windows]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values: dict[str, Any] = read_json(path) if path.is_file() else {}
     return values
 
 

@@ -6,7 +6,6 @@ Label tables declare column, classes and positive class: in settings (:class:`Ta
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ import pandas as pd
 from pydantic import field_validator
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def class_text(value: object) -> str:
 def _declaration(cohort: Cohort, column: str) -> dict[str, Any]:
     path = cohort.root / "participants.json"
     try:
-        entry = json.loads(path.read_text(encoding="utf-8")).get(column, {})
+        entry = read_json(path).get(column, {})
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:

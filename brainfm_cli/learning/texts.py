@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError, field_validator, model_validator
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import parse_yaml
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 from brainfm_cli.learning.facts import Fact, NetworkWords, read_facts
 
@@ -176,7 +177,7 @@ def _table(kind: type[Table], values: Any, path: Path) -> Table:  # noqa: ANN401
 
 def _yaml(path: Path) -> Any:  # noqa: ANN401
     try:
-        return yaml.safe_load(_text(path))
+        return parse_yaml(_text(path))
     except yaml.YAMLError as error:
         raise InputDatasetError(f"the table is no YAML: {error}", where=path, fix="mend the file") from error
 

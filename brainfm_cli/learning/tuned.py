@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import write_tsv
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError
 from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
 from brainfm_cli.learning.forecasts import Forecast, TrainingFold
@@ -328,7 +328,7 @@ def read_seen(folder: Path) -> dict[str, set[str]]:
     """
     path = folder / "provenance.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         # Diagnoses shaped how a text is read: people of the alignment are as good as seen in pretraining.
         pretrained = set(values["pretrained_on"]) | set(values["validated_on"]) | set(values.get("aligned_on", ()))
         return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ())), "aligned_on": set(values.get("aligned_on", ()))}

@@ -261,7 +261,7 @@ class MriAutoencoder(nn.Module):
         """(batch, *pixels) predicted intensities."""
         batch, width, count = len(encoding.summary), self.hidden_token.shape[0], math.prod(encoding.grid)
         tokens = self.hidden_token.to(encoding.tokens.dtype).expand(batch, count, width)
-        tokens = tokens.scatter(1, encoding.order[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens))
+        tokens = tokens.scatter(1, encoding.order[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens).to(tokens.dtype))
         tokens = torch.cat([self.enter(encoding.summary)[:, None], tokens + self.position(encoding.grid)], dim=1)
         for layer in self.layers:
             tokens = layer(tokens, NO_BIAS)

@@ -183,7 +183,7 @@ class SeriesModel(nn.Module):
         # Padding writes to an extra row that is cut off, so that it cannot overwrite a patch.
         target = torch.where(encoding.kept, encoding.order, regions * count)
         tokens = nn.functional.pad(tokens, (0, 0, 0, 1))
-        tokens = tokens.scatter(1, target[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens))[:, :-1]
+        tokens = tokens.scatter(1, target[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens).to(tokens.dtype))[:, :-1]
         when = time_code(patches.seconds, width).to(tokens.dtype)
         tokens = tokens + (self.place(patches.places)[:, None, :] + when[None]).flatten(0, 1)
         tokens = torch.cat([encoding.summary[:, None], tokens], dim=1)

@@ -199,7 +199,7 @@ class VoxelModel(nn.Module):
         batch, count = hidden.shape
         width = self.shape.decoder_width
         tokens = self.hidden_token.to(encoding.tokens.dtype).expand(batch, count, width)
-        tokens = tokens.scatter(1, encoding.order[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens))
+        tokens = tokens.scatter(1, encoding.order[:, :, None].expand(-1, -1, width), self.enter(encoding.tokens).to(tokens.dtype))
         name = patches.participant
         tokens = tokens + self.place(self.encoder.places(name)) + self.person(self.encoder.people[name])
         tokens = torch.cat([self.enter(encoding.summary)[:, None], tokens], dim=1)

@@ -6,7 +6,6 @@ that jobs at the same time never write one file, and nothing half-done is ever s
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path
 from brainfm_cli.bids.inputs import run_key
 from brainfm_cli.bids.names import parse_name
+from brainfm_cli.documents import read_json
 
 if TYPE_CHECKING:
     from brainfm_cli.bids.raw import RawParticipant
@@ -100,7 +100,7 @@ def publish(task: Task, root: Path) -> tuple[Path, ...]:
 def stated_version(task: Task) -> str | None:
     """The version that fMRIPrep says it is, in what it wrote; none where it says nothing."""
     try:
-        description = json.loads((task.output / "dataset_description.json").read_text(encoding="utf-8"))
+        description = read_json(task.output / "dataset_description.json")
         return str(description["GeneratedBy"][0]["Version"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None

@@ -5,7 +5,6 @@ Averaging a region and regressing confounds are both linear, so cleaning the ave
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _compcor(table: pd.DataFrame, path: Path, denoising: Denoising) -> list[str]
     """Anatomical components of the combined mask, in order, as nilearn's ``anat_combined``."""
     sidecar = path.with_suffix(".json")
     try:
-        described = json.loads(sidecar.read_text(encoding="utf-8"))
+        described = read_json(sidecar)
         names = sorted(name for name in described if name.startswith("a_comp_cor_") and described[name]["Mask"] == "combined")
     except FileNotFoundError as error:
         raise InputDatasetError("strategy 'compcor' needs the JSON of the confounds table", where=sidecar, fix=_REMEDY) from error

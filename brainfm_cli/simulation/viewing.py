@@ -8,7 +8,6 @@ decoder with perfect knowledge is exact: :func:`bayes_decode`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.simulation import viewing_scenes as grammar
 
@@ -261,7 +261,7 @@ def read_caption_file(path: Path) -> dict[str, list[str]]:
         It is neither of the two.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if "annotations" in values:
             found: dict[str, list[str]] = {}
             for annotation in values["annotations"]:

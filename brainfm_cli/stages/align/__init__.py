@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, UsageError
 from brainfm_cli.learning.alignment import AlignmentRecord, FitSettings
 from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model, write_tensors
@@ -252,7 +252,7 @@ def _said(fact: Any) -> str:  # noqa: ANN401  (a Fact)
 
 
 def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame, settings: AlignSettings) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((model / "provenance.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(model / "provenance.json")
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)
     return values | {
         "tuned_on": tuned,

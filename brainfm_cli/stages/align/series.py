@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, train
@@ -116,7 +116,7 @@ def _prepared(model: Path, settings: SeriesAlignSettings, cohort: Cohort, people
 
 
 def _provenance(model: Path, weights: Path, prepared: Prepared, settings: SeriesAlignSettings) -> dict[str, object]:
-    values = json.loads((model / "provenance.json").read_text(encoding="utf-8"))
+    values = read_json(model / "provenance.json")
     datasets = prepared.source.cohort.dataset_of
     seen = {participant_hash(datasets[name], name) for name in (*prepared.training, *prepared.validation)}
     return values | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Settings
+from brainfm_cli.documents import read_json
 from brainfm_cli.learning.checkpoints import check_viewer, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.voxel_samples import PersonTrials, select_trials
@@ -196,7 +196,7 @@ def read_captions(root: Path, participant: str) -> dict[str, Any]:
 
     path = root / f"sub-{participant}" / output_name("caption", {"sub": participant})
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(path)
         _ = values["captions"][0]["caption"]
     except FileNotFoundError as error:
         raise InputNotFoundError(

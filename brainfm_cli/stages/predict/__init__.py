@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UsageError
 from brainfm_cli.learning.attributions import ExplanationSettings
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
@@ -319,7 +319,7 @@ def _read_truth(folder: Path, cohort: Cohort, target: Target, split: Split) -> T
         There is no truth.json, or it does not describe the target.
     """
     try:
-        truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+        truth = read_json(folder / "truth.json")
     except FileNotFoundError as error:
         raise InputNotFoundError("there is no truth.json", where=folder, fix="give the folder that 'brainfm simulate' wrote") from error
     described = truth["targets"].get(target.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from brainfm_cli.bids.derivatives import write_json
 from brainfm_cli.config import Frozen
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.stratification import StrataSettings, stratify
 from brainfm_cli.learning.targets import class_text, require_column
@@ -93,7 +93,7 @@ def write_interaction(root: Path, result: EvaluationResult, table: pd.DataFrame,
 def verdict(root: Path) -> tuple[str, ...]:
     """The sentence for the report; none where no arms were named."""
     path = root / _FILE
-    return (str(json.loads(path.read_text(encoding="utf-8"))["verdict"]),) if path.is_file() else ()
+    return (str(read_json(path)["verdict"]),) if path.is_file() else ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from brainfm_cli.bids.derivatives import write_json, write_tsv
+from brainfm_cli.documents import read_json
 from brainfm_cli.learning.attributions import Explanation, Maps, mean_maps, summarise
 from brainfm_cli.reports.explanation import explanation_sections
 
@@ -50,7 +50,7 @@ def read_sections(root: Path, metrics: Metrics, regions: dict[str, RegionTable])
     folder = root / _FOLDER
     if not (folder / "summary.json").is_file():
         return []
-    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "summary.json")
     found = [Explanation.model_validate(one) for one in values["explanations"]]
     by_region = _table(folder / "regions.tsv")
     by_time = _table(folder / "times.tsv") if (folder / "times.tsv").is_file() else None

@@ -7,7 +7,6 @@ registry or steering committee. It is never rewritten.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_tsv
 from brainfm_cli.bids.names import output_name
 from brainfm_cli.config import digest_of
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, OutputError, UsageError
 from brainfm_cli.learning.checkpoints import model_files, source_of_model
 from brainfm_cli.learning.targets import participant_table
@@ -139,7 +139,7 @@ def read_lock(root: Path) -> LockedPredictions:
         The table is not the one that was locked, or is unreadable.
     """
     try:
-        seal = json.loads((root / SEAL).read_text(encoding="utf-8"))
+        seal = read_json(root / SEAL)
         content = _read(root / TABLE)
     except FileNotFoundError as error:
         raise InputNotFoundError("no predictions are locked here", where=root, fix="run 'brainfm predict … group --lock' first") from error
@@ -177,7 +177,7 @@ def _read_predictions(root: Path, labels: Sequence[str], model: Path) -> list[di
     for label in chosen:
         path = root / f"sub-{label}" / output_name("prediction", {"sub": label})
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             kept = {key: values[key] for key in ("participant", "target", "kind", "model", "value")} | {
                 "decided": values.get("decided"),
                 "probabilities": values.get("probabilities", {}),

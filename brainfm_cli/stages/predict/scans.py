@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +17,7 @@ from brainfm_cli.bids.names import output_name, parse_name
 from brainfm_cli.bids.scans import study_files
 from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
@@ -206,7 +206,7 @@ def write_table(root: Path, files: tuple[Path, ...], record: ScanTuningRecord) -
     """``phenotype/brainfm_<target>.tsv`` of everybody's predictions."""
     rows = []
     for path in files:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         row: dict[str, Any] = {"participant_id": f"sub-{values['participant']}", "value": values["value"]}
         if record.task == "classification":
             row |= {"decided": values["decided"], **{f"p_{name}": share for name, share in values["probabilities"].items()}}

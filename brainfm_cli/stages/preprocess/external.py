@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from brainfm_cli.bids.inputs import choose_participants, read_filters
 from brainfm_cli.bids.raw import outside_dataset, raw_files, read_raw_participant
 from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
 from brainfm_cli.config import Selection
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, InputNotFoundError, OutputError, ProgramFailedError
 from brainfm_cli.programs.commands import run_logged
 from brainfm_cli.programs.containers import build_command, check_binds, check_engine, official_image, scratch_folders
@@ -240,7 +240,7 @@ def _check(participant: RawParticipant, task: Task, machine: Machine) -> None:
 
 def _filters(selection: Selection) -> Mapping[str, Any]:
     path = selection.bids_filter_file
-    filters: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    filters: dict[str, Any] = read_json(path) if path else {}
     if len(selection.task_id) > 1:  # fMRIPrep's own option takes one
         for query in ("bold", "sbref"):
             filters[query] = {"task": list(selection.task_id), **read_filters(selection, query)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from brainfm_cli.bids.derivatives import write_json, write_text, write_tsv
 from brainfm_cli.bids.inputs import list_participants, run_key, walk_files
 from brainfm_cli.bids.names import parse_name
 from brainfm_cli.bids.units import Unit, UnitResult, plan_units, run_units
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import EXIT_OK, InputDatasetError, InputNotFoundError
 from brainfm_cli.provenance import brainfm_version, read_record, record_path
 from brainfm_cli.stages.preprocess.measures import measures_path
@@ -131,7 +131,7 @@ def _repetition_time(path: Path) -> float | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InternalError, UsageError
 from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
@@ -201,9 +201,9 @@ def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> Tar
 
 
 def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame, settings: PromptTuneSettings) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((model / "provenance.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(model / "provenance.json")
     if settings.donor is not None:  # whom the donor has seen, the model has seen
-        seen = json.loads((settings.donor / "provenance.json").read_text(encoding="utf-8"))
+        seen = read_json(settings.donor / "provenance.json")
         values |= {name: sorted({*values.get(name, ()), *seen.get(name, ())}) for name in ("pretrained_on", "validated_on", "aligned_on")}
         values["donor"] = settings.donor.name
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)

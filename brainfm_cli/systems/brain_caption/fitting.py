@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from brainfm_cli.bids.derivatives import write_json, write_text
+from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InternalError
 from brainfm_cli.learning.checkpoints import (
     ModelConfig,
@@ -227,7 +227,7 @@ def fit_captioner(
 def write_captioner(prepared: PreparedCaptioner, result: TrainingResult, model_dir: Path, folder: Path, seed: int) -> list[Path]:
     """Write the model folder: weights, configuration, training captions with their vectors, log, and what was seen; gives back the files."""
     bank = prepared.bank
-    before: dict[str, Any] = json.loads((model_dir / "provenance.json").read_text(encoding="utf-8"))
+    before: dict[str, Any] = read_json(model_dir / "provenance.json")
     datasets = prepared.source.cohort.dataset_of
     seen = sorted(participant_hash(datasets[name], name) for name in prepared.participants)
     position = result.position
@@ -262,7 +262,7 @@ def read_bank(model_dir: Path) -> CaptionBank:
         Captions and vectors do not fit together.
     """
     try:
-        captions = tuple(map(str, json.loads((model_dir / "captions.json").read_text(encoding="utf-8"))))
+        captions = tuple(map(str, read_json(model_dir / "captions.json")))
         vectors = read_tensors(model_dir / "captions.safetensors")["vectors"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointMismatchError(
