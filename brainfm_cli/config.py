@@ -9,10 +9,10 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from brainfm_cli.documents import parse_yaml
 from brainfm_cli.errors import SettingsError, UsageError
@@ -69,7 +69,7 @@ class Settings(Frozen):
 class Execution(Frozen):
     """How a run is carried out. Never hashed: it must not change any output beyond rounding."""
 
-    nprocs: int = 1
+    nprocs: int = Field(default=1, ge=1)
     """Units of work done at the same time."""
     omp_nthreads: int | None = None
     """Threads per unit; unset leaves the libraries' default."""
@@ -81,11 +81,13 @@ class Execution(Frozen):
     """cpu, cuda, mps or auto."""
     precision: str = "auto"
     """32-true, bf16-mixed, 16-mixed or auto (bf16 on GPUs that have it, 32 bits elsewhere)."""
-    num_workers: int = 0
+    compile: bool = False
+    """Compile the repeated parts of a model for the GPU: some minutes per atlas at the start, a faster training after (docs/performance.md)."""
+    num_workers: int = Field(default=0, ge=0)
     """Loader processes of the training loop."""
-    num_nodes: int = 1
+    num_nodes: int = Field(default=1, ge=1)
     """Machines that train together."""
-    devices: int | Literal["auto"] = "auto"
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """GPUs (or CPU processes) that train together on each machine."""
     stop_on_first_crash: bool = False
     """Stop at the first failed unit instead of going on with the others."""

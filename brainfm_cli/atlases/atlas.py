@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
+from brainfm_cli.bids.images import check_size
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.provenance import file_sha256
 from brainfm_cli.records import RegionTable
@@ -221,9 +222,18 @@ def _read_labels(atlas: Atlas) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     path = atlas.path
     try:
         image = cast("nib.Nifti1Image", nib.load(str(path)))
+        check_size(Path(str(path)), image.shape, image.get_data_dtype())
         data = np.asanyarray(image.dataobj)
         affine = np.asarray(image.affine, np.float64)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OverflowError,
+        nib.filebasedimages.ImageFileError,
+        nib.spatialimages.HeaderDataError,
+    ) as error:
         raise InputDatasetError(f"the image of atlas {atlas.name} is unreadable: {error}", where=path, fix=atlas.remedy) from error
     data = np.squeeze(data) if data.ndim > 3 else data
     if data.ndim != 3:

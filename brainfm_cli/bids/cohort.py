@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
+from brainfm_cli.bids.names import check_keys
 from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.records import RegionTable
@@ -100,6 +101,7 @@ class Cohort:
         missing = [column for column in INDEX_COLUMNS if column not in index]
         if missing:
             raise InputDatasetError(f"the cohort index lacks {', '.join(missing)}", where=root / "index.parquet", fix="pack the cohort again")  # fmt: skip
+        _check_index(index, root / "index.parquet")
         participants = read_participants(root / "participants.tsv")
         unknown = sorted(set(index["participant"]) - set(participants.index))
         if unknown:
@@ -148,10 +150,7 @@ class Cohort:
 
     def _check_store(self, label: str) -> None:
         path = self.root / f"atlas-{label}.npy"
-        try:
-            store = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputDatasetError(f"the series store is unreadable: {error}", where=path, fix="pack the cohort again") from error
+        store = open_store(path, "the series store", fix="pack the cohort again")
         rows = self.index[self.index["atlas"] == label]
         if (
             store.ndim != 2
@@ -264,6 +263,23 @@ def read_participants(path: Path) -> pd.DataFrame:
     return table.set_index("participant_id")
 
 
+def open_store(path: Path, what: str, *, fix: str) -> np.ndarray:
+    """A float32 store as a memory map.
+
+    Raises
+    ------
+    InputDatasetError
+        It is no .npy file, shorter than it says, or holds something else than float32 numbers.
+    """
+    try:
+        store: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise InputDatasetError(f"{what} is unreadable: {error}", where=path, fix=fix) from error
+    if store.dtype != np.dtype("<f4"):
+        raise InputDatasetError(f"{what} holds {store.dtype}, not float32", where=path, fix=fix)
+    return store
+
+
 def iterate_runs(cohort: Cohort, atlas: str) -> Iterator[tuple[Any, np.ndarray]]:
     """Index rows of one atlas with their (frames, regions) series."""
     for row in cohort.index[cohort.index["atlas"] == atlas].itertuples():
@@ -275,6 +291,14 @@ def npy_header(frames: int, regions: int) -> bytes:
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({frames}, {regions}), }}"
     magic = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
     return magic + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+
+
+def _check_index(index: pd.DataFrame, where: Path) -> None:
+    for column, kinds in (("offset", "iu"), ("frames", "iu"), ("repetition_time", "iuf")):
+        if index[column].dtype.kind not in kinds or (index[column] < 0).any():
+            raise InputDatasetError(f"'{column}' of the cohort index holds what is no number of that kind", where=where, fix="pack the cohort again")  # fmt: skip
+    check_keys(index["participant"].unique(), where=where)
+    check_keys(index["atlas"].unique(), where=where, atlases=True)
 
 
 def _write_atlas(folder: Path, atlas: CohortAtlas) -> None:
@@ -296,6 +320,8 @@ def _read_atlas(root: Path, label: str) -> CohortAtlas:
     try:
         values = read_json(path)
         centroids = values["centroids_mm"]
+        if not isinstance(values["names"], list) or not all(isinstance(name, str) for name in (*values["names"], values["template"])):
+            raise TypeError("names and template must be texts")
         regions = RegionTable(
             names=tuple(values["names"]),
             networks=tuple(values["networks"]),

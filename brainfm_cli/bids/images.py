@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from brainfm_cli.bids.derivatives import atomic_path
+from brainfm_cli.errors import InputDatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +18,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Space = Literal["scanner", "template"]
+_LARGEST_INFLATION = 1100  # a gzip stream grows 1032-fold at most
 _FORM_CODES: dict[Space, int] = {"scanner": 1, "template": 4}
+
+
+def check_size(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+    """See that a file can hold the numbers that its header promises, before memory is asked for them.
+
+    Raises
+    ------
+    InputDatasetError
+        It cannot: the header is wrong, or the file is cut off.
+    """
+    promised = math.prod(int(size) for size in shape) * dtype.itemsize
+    if promised > path.stat().st_size * (_LARGEST_INFLATION if path.suffix == ".gz" else 1):
+        raise InputDatasetError(
+            f"the header promises {'×'.join(map(str, shape))} numbers, more than the file can hold", where=path, fix="convert or copy it again"
+        )  # fmt: skip
 
 
 def write_image(

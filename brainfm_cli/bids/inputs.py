@@ -240,7 +240,13 @@ def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybi
     indexer = BIDSLayoutIndexer(validate=False, ignore=ignored)
     try:
         return BIDSLayout(window, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
-    except (OSError, ValueError, RecursionError) as error:  # the last from brackets nested too deeply
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # pybids trusts JSON to be an object, not nested deeply
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}".replace(str(window), str(root)), where=root,
             fix="mend the named JSON file; a sidecar must be valid JSON",

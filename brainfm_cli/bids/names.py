@@ -11,6 +11,7 @@ from brainfm_cli.errors import InputDatasetError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 # Order of BIDS 1.11 for the entities we read and write (derivative entities last).
 ENTITY_ORDER = (
@@ -19,6 +20,7 @@ ENTITY_ORDER = (
 )  # fmt: skip
 
 _LABEL = re.compile(r"[A-Za-z0-9+]+")
+_ATLAS = re.compile(r"[A-Za-z0-9+]+(_[a-z]+-[A-Za-z0-9+]+)*")
 _PAIR = re.compile(r"([a-z]+)-([A-Za-z0-9+]+)")
 
 
@@ -136,6 +138,21 @@ def check_label(label: str, entity: str) -> str:
     if not _LABEL.fullmatch(label):
         raise InputDatasetError(f"'{label}' is no BIDS label for '{entity}-'", fix="labels hold letters, digits and '+' only")
     return label
+
+
+def check_keys(keys: Iterable[object], *, where: Path, atlases: bool = False) -> None:
+    """See that participants' keys (or labels of ``atlases``) in a packed index are safe in paths and pages.
+
+    Raises
+    ------
+    InputDatasetError
+        One holds other characters than BIDS allows.
+    """
+    allowed = _ATLAS if atlases else _LABEL
+    for key in keys:
+        if not isinstance(key, str) or not allowed.fullmatch(key):
+            what = "atlas" if atlases else "participant"
+            raise InputDatasetError(f"the index has the {what} {key!r}, which is no BIDS label", where=where, fix="pack the cohort again")
 
 
 def strip_prefix(labels: Iterable[str], entity: str) -> tuple[str, ...]:

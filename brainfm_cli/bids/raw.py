@@ -227,7 +227,10 @@ def _grouped(paths: Iterable[Path]) -> dict[RunKey, tuple[Path, ...]]:
     runs: dict[RunKey, list[tuple[int, Path]]] = {}
     for path in paths:
         entities = parse_name(path.name)[0]
-        runs.setdefault(run_key(entities), []).append((int(entities.get("echo", "0")), path))
+        echo = entities.get("echo", "0")
+        if not echo.isdecimal():
+            raise InputDatasetError(f"'{echo}' is no number of an echo", where=path, fix="name echoes echo-1, echo-2 …")
+        runs.setdefault(run_key(entities), []).append((int(echo), path))
     for key, echoes in runs.items():
         for (number, path), (following, other) in pairwise(sorted(echoes)):
             if number == following:
@@ -271,7 +274,13 @@ def _read_metadata(root: Path, label: str, paths: Sequence[Path]) -> dict[Path, 
     try:
         layout = BIDSLayout(root, validate=False, config=["bids"], indexer=indexer)
         return {path: dict(layout.get_metadata(str(path.absolute()))) for path in paths}
-    except (OSError, ValueError, RecursionError) as error:  # the last from brackets nested too deeply
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # pybids trusts JSON to be an object, not nested deeply
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}", where=root, fix="mend the named JSON file; a sidecar must be valid JSON"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from brainfm_cli.bids.images import check_size
 from brainfm_cli.errors import InputDatasetError
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def _header(path: Path) -> tuple[tuple[int, ...], float]:
         image: Any = nib.load(path)
         shape = tuple(int(size) for size in image.shape)
         zooms, unit = image.header.get_zooms(), image.header.get_xyzt_units()[1]
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError) as error:
+        dtype = image.get_data_dtype()
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, KeyError, OverflowError) as error:
         raise InputDatasetError(f"the image cannot be read: {error}", where=path, fix="convert or copy it again") from error
+    check_size(path, shape, dtype)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if any(size < 1 for size in shape):

@@ -24,6 +24,7 @@ import numpy as np
 
 from brainfm_cli.bids.cohort import read_participants
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
+from brainfm_cli.bids.names import check_keys
 from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
@@ -132,6 +133,9 @@ class SliceCohort:
         missing = [name for name in SLICE_COLUMNS if name not in slices and name != "why"]
         if missing:
             raise InputDatasetError(f"the index lacks {', '.join(missing)}", where=index, fix=_AGAIN)
+        if slices["item"].dtype.kind not in "iu" or (slices["item"] < 0).any() or slices["participant"].dtype != "category":
+            raise InputDatasetError("'item' or 'participant' of the index holds what it must not", where=index, fix=_AGAIN)
+        check_keys(slices["participant"].cat.categories, where=index)
         participants = read_participants(root / "participants.tsv")
         return cls(root=root, slices=slices, size=size, dims=dims, labels=labels, participants=participants)
 

@@ -11,6 +11,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -193,8 +194,10 @@ def read_stimuli(dataset: Path, settings: StimulusSettings) -> StimulusBook:
     """
     if settings.template is not None:
         try:
-            settings.template.format(category="x")
-        except (KeyError, IndexError, ValueError) as error:
+            placeholders = {(name, form) for _, name, form, _ in Formatter().parse(settings.template) if name is not None}
+            if placeholders - {("category", "")}:
+                raise ValueError("another placeholder")
+        except ValueError as error:
             raise SettingsError(f"stimuli.template '{settings.template}' cannot be filled", fix="write {category} and nothing else in braces") from error  # fmt: skip
     table = settings.table or next(
         (path for path in (dataset / "stimuli" / "stimuli.tsv", dataset / "stimuli.tsv") if path.is_file()), None

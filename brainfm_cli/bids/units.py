@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brainfm_cli.bids.derivatives import sweep
-from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, OutOfMemoryError, classify, combined_exit_code
+from brainfm_cli.errors import EXIT_OK, BrainFMError, InputDatasetError, InputNotFoundError, OutOfMemoryError, classify, combined_exit_code
 from brainfm_cli.provenance import (
     FailureRecord,
     FileStamp,
@@ -115,7 +115,7 @@ def do_unit(dataset: OutputDataset, unit: Unit) -> int:
     }
     stamps: tuple[FileStamp, ...] = ()
     try:
-        stamps = _stamps(unit)  # taken before the work: a file that changes meanwhile makes the unit stale
+        stamps = _present(unit)  # taken before the work: a file that changes meanwhile makes the unit stale
         dataset.write_record(UnitRecord(status="running", inputs=stamps, **common))
         result = unit.work(**unit.arguments)
         if result is None:
@@ -214,6 +214,13 @@ def _state(dataset: OutputDataset, unit: Unit) -> str:
 
 def _stamps(unit: Unit) -> tuple[FileStamp, ...]:
     return tuple(stamp_input(path) for path in unit.inputs)
+
+
+def _present(unit: Unit) -> tuple[FileStamp, ...]:
+    try:
+        return _stamps(unit)
+    except FileNotFoundError as error:
+        raise InputNotFoundError("a file that this needs is absent", where=error.filename, fix="check the path, or put it back") from error
 
 
 def _hashed(unit: Unit, stamps: tuple[FileStamp, ...]) -> tuple[FileStamp, ...]:

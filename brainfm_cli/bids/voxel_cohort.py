@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from brainfm_cli.bids.cohort import HEADER_BYTES, npy_header, read_participants
+from brainfm_cli.bids.cohort import HEADER_BYTES, npy_header, open_store, read_participants
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
+from brainfm_cli.bids.names import check_keys
 from brainfm_cli.bids.stimuli import Stimulus
 from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
@@ -118,11 +119,14 @@ class VoxelCohort:
                 )
                 for name, one in described.items()
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputDatasetError(f"the packed trials are unreadable: {error}", where=root, fix=_AGAIN) from error
         missing = [column for column in TRIAL_COLUMNS if column not in trials]
         if missing:
             raise InputDatasetError(f"the index lacks {', '.join(missing)}", where=index, fix=_AGAIN)
+        if trials["row"].dtype.kind not in "iu" or (trials["row"] < 0).any():
+            raise InputDatasetError("'row' of the index holds what is no number of a row", where=index, fix=_AGAIN)
+        check_keys(trials["participant"].unique(), where=index)
         unknown = sorted(set(trials["stimulus"]) - set(stimuli))
         if unknown:
             raise InputDatasetError(f"{len(unknown)} stimuli of the index are not described, e.g. {unknown[0]}", where=root, fix=_AGAIN)
@@ -177,10 +181,7 @@ class VoxelCohort:
 
     def _check_store(self, participant: str) -> None:
         path = self.root / f"voxels-{participant}.npy"
-        try:
-            store = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputDatasetError(f"the store of responses is unreadable: {error}", where=path, fix=_AGAIN) from error
+        store = open_store(path, "the store of responses", fix=_AGAIN)
         rows = self.trials.loc[self.trials["participant"] == participant, "row"]
         if store.ndim != 2 or store.shape[1] != self.spaces[participant].num_voxels or int(rows.max()) >= store.shape[0]:
             raise InputDatasetError("the store of responses does not fit its index", where=path, fix=_AGAIN)

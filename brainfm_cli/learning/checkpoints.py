@@ -35,6 +35,7 @@ from brainfm_cli.provenance import file_sha256
 MODEL_FORMAT = 1
 DONOR = "donor"
 """Folder of a second model in a tuned model's, and name of the block that its embedding gives."""
+_WHOLE = "copy the model folder again, provenance.json included"
 _FARTHEST_MM = 1.0  # rounding of centres in another file of the same atlas
 
 
@@ -137,6 +138,29 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     return config
 
 
+def read_provenance(model_dir: Path) -> dict[str, Any]:
+    """provenance.json of a model folder: whom the model has seen, and from what it was made.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        It is absent or unreadable: nobody could say whether test people are new.
+    """
+    path = model_dir / "provenance.json"
+    try:
+        values = read_json(path)
+        hashes = [name for name, known in values.items() if name.endswith("_on") and not _are_hashes(known)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointMismatchError("the model does not say whom it has seen", where=path, fix=_WHOLE) from error
+    if hashes:
+        raise CheckpointMismatchError(f"the model does not say whom it has seen: '{hashes[0]}' lists no hashes", where=path, fix=_WHOLE)
+    return dict(values)
+
+
+def _are_hashes(known: object) -> bool:
+    return isinstance(known, list) and all(isinstance(one, str) for one in known)
+
+
 def check_atlas(known: Mapping[str, AtlasRecord], atlas: CohortAtlas) -> None:
     """Refuse an atlas that a model was not made for; ``known`` are the model's atlases by label.
 
@@ -201,8 +225,9 @@ def shared_atlases(known: Mapping[str, AtlasRecord], cohort: Cohort) -> list[str
 
 
 def model_files(model_dir: Path) -> tuple[Path, ...]:
-    """Every file of a model folder whose change changes the model, sorted."""
+    """Every file of a model folder whose change changes the model, sorted; refuses a folder that lacks its configuration or provenance."""
     read_model_config(model_dir)
+    read_provenance(model_dir)  # before anything is written: what is made from the model says whom it has seen
     folders = [model_dir, *([model_dir / DONOR] if (model_dir / DONOR).is_dir() else [])]
     kinds = {".safetensors", ".yaml", ".json", ".tsv"}
     return tuple(sorted(path for folder in folders for path in folder.iterdir() if path.suffix in kinds))

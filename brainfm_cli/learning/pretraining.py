@@ -20,7 +20,15 @@ from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Execution, Settings
 from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, UsageError
-from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, newest_state, read_model_config, shared_atlases, write_tensors
+from brainfm_cli.learning.checkpoints import (
+    AtlasRecord,
+    ModelConfig,
+    newest_state,
+    read_model_config,
+    read_provenance,
+    shared_atlases,
+    write_tensors,
+)
 from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
 from brainfm_cli.learning.samples import (
     BatchPlan,
@@ -344,7 +352,7 @@ def _provenance(prepared: Prepared, settings: PretrainingSettings, result: Train
         return sorted(participant_hash(datasets[key], key) for key in people)
 
     position = result.position
-    before = {} if prepared.base is None else _read_json(prepared.base / "provenance.json")
+    before = {} if prepared.base is None else read_provenance(prepared.base)
     return {
         "pretrained_on": sorted({*before.get("pretrained_on", ()), *hashes(prepared.training)}),
         "validated_on": sorted({*before.get("validated_on", ()), *hashes(prepared.validation)}),

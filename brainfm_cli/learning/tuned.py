@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import model_validator
 from scipy.optimize import nnls
 from torch import Tensor
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import write_tsv
 from brainfm_cli.config import Frozen
-from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError
-from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
+from brainfm_cli.learning.checkpoints import read_provenance, read_tensors, write_tensors
 from brainfm_cli.learning.forecasts import Forecast, TrainingFold
 from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, probabilities_of
 from brainfm_cli.learning.splits import participant_hash
@@ -51,6 +51,14 @@ class TargetRecord(Frozen):
     """How prompts and head were fitted."""
     text: str = ""
     """What was said of the positive class, or of high values; empty where nothing was."""
+
+    @model_validator(mode="after")
+    def _classes_of_kind(self) -> TargetRecord:
+        if self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError("a binary target has two classes")
+        if (self.kind == "continuous") != (not self.classes):
+            raise ValueError("a continuous target has no classes, every other has")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +293,7 @@ def load_tuned(folder: Path, target: TargetRecord) -> dict[str, AtlasModel]:
                 slope=float(own["slope"][0]),
                 shift=own["shift"].numpy(),
             )
-        except KeyError as error:
+        except (KeyError, IndexError) as error:
             raise CheckpointMismatchError(
                 f"the head of atlas {label} is incomplete", where=folder / "head.safetensors", fix="copy the model folder again"
             ) from error
@@ -307,11 +315,11 @@ def read_held_out(path: Path, participants: Sequence[str], datasets: Mapping[str
     """Held-out predictions of those of ``participants`` that the model was tuned on."""
     try:
         table = pd.read_csv(path, sep="\t", na_values=["n/a"]).set_index("participant_hash")
+        values = table.filter(like="predicted").to_numpy(float)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointMismatchError(
             f"the held-out predictions are unreadable: {error}", where=path, fix="copy the model folder again"
         ) from error
-    values = table.filter(like="predicted").to_numpy(float)
     values = values[:, 0] if values.shape[1] == 1 else values
     row = {key: place for place, key in enumerate(table.index)}
     hashes = {name: participant_hash(datasets[name], name) for name in participants}
@@ -326,16 +334,17 @@ def read_seen(folder: Path) -> dict[str, set[str]]:
     CheckpointMismatchError
         provenance.json is absent or unreadable: nobody could say whether test people are new.
     """
-    path = folder / "provenance.json"
-    try:
-        values = read_json(path)
-        # Diagnoses shaped how a text is read: people of the alignment are as good as seen in pretraining.
-        pretrained = set(values["pretrained_on"]) | set(values["validated_on"]) | set(values.get("aligned_on", ()))
-        return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ())), "aligned_on": set(values.get("aligned_on", ()))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    values = read_provenance(folder)
+    missing = {"pretrained_on", "validated_on"} - set(values)
+    if missing:
         raise CheckpointMismatchError(
-            "the model does not say whom it has seen", where=path, fix="copy the model folder again, provenance.json included"
-        ) from error
+            "the model does not say whom it has seen",
+            where=folder / "provenance.json",
+            fix="copy the model folder again, provenance.json included",
+        )
+    # Diagnoses shaped how a text is read: people of the alignment are as good as seen in pretraining.
+    pretrained = set(values["pretrained_on"]) | set(values["validated_on"]) | set(values.get("aligned_on", ()))
+    return {"pretrained_on": pretrained, "tuned_on": set(values.get("tuned_on", ())), "aligned_on": set(values.get("aligned_on", ()))}
 
 
 def _of(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:

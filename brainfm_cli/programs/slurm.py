@@ -7,9 +7,9 @@ import re
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Frozen
@@ -126,9 +126,9 @@ class Job(Frozen):
 
     role: Literal["participants", "single", "group"]
     """An array over participants, one job for a command, or the group job after an array."""
-    job_id: str
+    job_id: str = Field(pattern=r"^\d*$")
     """As sbatch gave it."""
-    labels: tuple[str, ...] = ()
+    labels: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9+]+$")], ...] = ()
     """Participants of an array; task 1 is the first."""
     argv: tuple[str, ...]
     """brainfm's arguments; an array's tasks get ``--participant-label`` behind them."""
@@ -279,8 +279,11 @@ def read_submissions(output: Path) -> list[Submission]:
     found = []
     for path in sorted((output / FOLDER).glob("*/submission.json")):
         try:
-            found.append(Submission.model_validate_json(path.read_bytes()))
-        except (OSError, ValidationError) as error:
+            one = Submission.model_validate_json(path.read_bytes())
+            if one.name != path.parent.name:  # its logs would be looked for elsewhere
+                raise ValueError(f"it calls itself '{one.name}'")
+            found.append(one)
+        except (OSError, ValueError) as error:
             raise InputDatasetError(
                 f"the submission is unreadable: {error}", where=path, fix="remove its folder, and submit again"
             ) from error

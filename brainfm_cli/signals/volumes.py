@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from brainfm_cli.bids.images import check_size
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _read_header(path: Path, stream: IO[bytes]) -> SeriesHeader:
         affine = np.asarray(header.get_best_affine(), np.float64)
         offset = int(header.get_data_offset())
         zooms, units = header.get_zooms(), header.get_xyzt_units()[1]
-    except (HeaderDataError, WrapStructError, ValueError, KeyError) as error:
+    except (HeaderDataError, WrapStructError, ValueError, KeyError, OverflowError) as error:
         raise InputDatasetError(f"the NIfTI header cannot be used: {error}", where=path, fix=_REMEDY) from error
     if len(shape) != 4:
         raise InputDatasetError(
@@ -116,6 +117,7 @@ def _read_header(path: Path, stream: IO[bytes]) -> SeriesHeader:
         )
     if shape[3] < 2:
         raise InputDatasetError("the series has one frame", where=path, fix="give a BOLD series of many volumes")
+    check_size(path, shape[:3], dtype)  # of one volume: a series that is cut off later says where
     if dtype.kind not in "iuf":
         raise InputDatasetError(f"the image holds {dtype}, not real numbers", where=path, fix="store it as integers or floats")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:

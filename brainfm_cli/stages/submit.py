@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from brainfm_cli.bids.inputs import choose_participants
+from brainfm_cli.bids.names import strip_prefix
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError, UsageError
 from brainfm_cli.programs.slurm import (
     FOLDER,
@@ -66,7 +67,7 @@ def submit(call: Invocation, argv: Sequence[str], pairs: Sequence[str], *, dry_r
     resources = asked.model_copy(update={"options": defaults | asked.options})
     paths = (str(call.input_dir.absolute()), str(call.output_dir.absolute()))
     if call.level == "participant" and name in BY_PARTICIPANT:
-        labels = tuple(choose_participants(call.input_dir, call.selection))
+        labels = strip_prefix(choose_participants(call.input_dir, call.selection), "sub")  # a folder may have any name
         options = _without(rest[3:], _HIDDEN)
         parts = [labels[start : start + LARGEST_ARRAY] for start in range(0, len(labels), LARGEST_ARRAY)]
         jobs = [

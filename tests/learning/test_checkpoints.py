@@ -158,7 +158,7 @@ def test_weights_of_another_model_are_named_and_change_nothing(tmp_path: Path) -
 def test_files_of_a_model_are_those_whose_change_changes_it(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "out" / "models" / "one")
     for name in ("provenance.json", "held_out.tsv", "README.md", "report.html", "log.csv"):
-        (folder / name).write_text("x")
+        (folder / name).write_text("{}")
     assert [path.name for path in model_files(folder)] == ["config.yaml", "held_out.tsv", "model.safetensors", "provenance.json"]
     assert source_of_model(folder) == folder  # moved out of its derivative
     (tmp_path / "out" / "dataset_description.json").write_text("{}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from brainfm_cli.bids.images import check_size
 from brainfm_cli.bids.names import parse_name
-from brainfm_cli.errors import OutOfMemoryError
+from brainfm_cli.errors import InputDatasetError, OutOfMemoryError
 from brainfm_cli.programs.preflight import machine_memory_mb
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ def expected_memory_mb(inputs: Sequence[Path]) -> int:
 def _size(path: Path) -> int:
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
 
     try:
         image: Any = nib.load(path)
-    except (ImageFileError, OSError, EOFError, ValueError):
+        check_size(path, image.shape, image.get_data_dtype())
+    except (InputDatasetError, ImageFileError, HeaderDataError, OSError, EOFError, ValueError, KeyError, OverflowError):
         return 0  # the unit itself names what is wrong with it
     return math.prod(int(extent) for extent in image.shape)
 

@@ -17,10 +17,9 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
-from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, UsageError
 from brainfm_cli.learning.alignment import AlignmentRecord, FitSettings
-from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model, write_tensors
+from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, read_provenance, source_of_model, write_tensors
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import participant_hash
@@ -252,7 +251,7 @@ def _said(fact: Any) -> str:  # noqa: ANN401  (a Fact)
 
 
 def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame, settings: AlignSettings) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(model / "provenance.json")
+    values = read_provenance(model)
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)
     return values | {
         "tuned_on": tuned,

@@ -12,9 +12,8 @@ from brainfm_cli.atlases.catalogue import atlas_labels
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_bytes, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
-from brainfm_cli.documents import read_json
 from brainfm_cli.errors import UnsupportedStageError
-from brainfm_cli.learning.checkpoints import model_files, read_model_config, source_of_model, write_tensors
+from brainfm_cli.learning.checkpoints import model_files, read_model_config, read_provenance, source_of_model, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, train
 from brainfm_cli.learning.pretraining import PretrainingSettings, prepare
 from brainfm_cli.learning.samples import select_participants
@@ -116,7 +115,7 @@ def _prepared(model: Path, settings: SeriesAlignSettings, cohort: Cohort, people
 
 
 def _provenance(model: Path, weights: Path, prepared: Prepared, settings: SeriesAlignSettings) -> dict[str, object]:
-    values = read_json(model / "provenance.json")
+    values = read_provenance(model)
     datasets = prepared.source.cohort.dataset_of
     seen = {participant_hash(datasets[name], name) for name in (*prepared.training, *prepared.validation)}
     return values | {

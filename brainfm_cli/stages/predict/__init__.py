@@ -320,9 +320,13 @@ def _read_truth(folder: Path, cohort: Cohort, target: Target, split: Split) -> T
     """
     try:
         truth = read_json(folder / "truth.json")
+        described = truth["targets"].get(target.name)
     except FileNotFoundError as error:
         raise InputNotFoundError("there is no truth.json", where=folder, fix="give the folder that 'brainfm simulate' wrote") from error
-    described = truth["targets"].get(target.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputDatasetError(
+            f"truth.json is unreadable: {error}", where=folder, fix="give the folder that 'brainfm simulate' wrote"
+        ) from error
     if described is None or target.kind == "multiclass":
         raise InputNotFoundError(
             f"truth.json says nothing of '{target.name}'",

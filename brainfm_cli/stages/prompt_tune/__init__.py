@@ -17,9 +17,8 @@ from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.config import Settings
-from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InternalError, UsageError
-from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model
+from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, read_provenance, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.joined import DONOR, join
 from brainfm_cli.learning.meta import MetaSettings
@@ -201,9 +200,9 @@ def _record(target: Target, tuning: Tuning, settings: PromptTuneSettings) -> Tar
 
 
 def _provenance(model: Path, weights: Path, target: Target, table: pd.DataFrame, settings: PromptTuneSettings) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(model / "provenance.json")
+    values = read_provenance(model)
     if settings.donor is not None:  # whom the donor has seen, the model has seen
-        seen = read_json(settings.donor / "provenance.json")
+        seen = read_provenance(settings.donor)
         values |= {name: sorted({*values.get(name, ()), *seen.get(name, ())}) for name in ("pretrained_on", "validated_on", "aligned_on")}
         values["donor"] = settings.donor.name
     tuned = sorted(participant_hash(str(table.loc[name, "dataset"]), name) for name in target.participants)

@@ -9,9 +9,8 @@ from rich.console import Console
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_text
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
-from brainfm_cli.documents import read_json
 from brainfm_cli.errors import CheckpointMismatchError, InternalError, SettingsError, UnsupportedStageError
-from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model
+from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, read_provenance, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.meta import MetaResult, MetaSettings, list_tasks, meta_learn, write_starts
 from brainfm_cli.learning.splits import participant_hash
@@ -146,7 +145,7 @@ def _write(folder: Path, model: Path, column: str, meta: MetaSettings, table: pd
 
 
 def _provenance(model: Path, weights: Path, table: pd.DataFrame, column: str, seed: int) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(model / "provenance.json")
+    values = read_provenance(model)
     learnt = {participant_hash(str(table.loc[name, "dataset"]), str(name)) for name in table.index}
     return values | {
         # Their diagnoses shaped the start, as those of an alignment shape the reading of texts: never test people.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from brainfm_cli.learning.checkpoints import (
     check_viewer,
     newest_state,
     read_model_config,
+    read_provenance,
     read_tensors,
     write_tensors,
 )
@@ -227,7 +228,7 @@ def fit_captioner(
 def write_captioner(prepared: PreparedCaptioner, result: TrainingResult, model_dir: Path, folder: Path, seed: int) -> list[Path]:
     """Write the model folder: weights, configuration, training captions with their vectors, log, and what was seen; gives back the files."""
     bank = prepared.bank
-    before: dict[str, Any] = read_json(model_dir / "provenance.json")
+    before = read_provenance(model_dir)
     datasets = prepared.source.cohort.dataset_of
     seen = sorted(participant_hash(datasets[name], name) for name in prepared.participants)
     position = result.position
