@@ -75,11 +75,12 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of 2048 x 2048 products, one after another for about a second."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    """Floating-point operations per second of square products, one after another for about a second (a fifth of one on a GPU)."""
+    size, seconds = (8192, 0.2) if device.type == "cuda" else (2048, 1.0)  # a small product does not fill a GPU
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     once = timed(lambda: a @ b, device)
-    count = max(3, round(1.0 / once))
-    return 2 * 2048**3 * count / timed(lambda: [a @ b for _ in range(count)], device)
+    count = max(3, round(seconds / once))
+    return 2 * size**3 * count / timed(lambda: [a @ b for _ in range(count)], device)
 
 
 def beside_floor(
@@ -112,12 +113,16 @@ def counted_flops(work: Callable[[], None]) -> float:
 Calls = dict[str, tuple["Callable[[], None]", "Callable[[], None]"]]
 
 
-def calls_of(regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str) -> Calls:
+def calls_of(
+    regions: int, batch: int, preset: str, dropout: float, device: torch.device, *, precision: str, compiled: bool = False
+) -> Calls:
     """Forward pass and training step: the call on the whole batch, and that on a few graphs whose operations are counted."""
     settings = BrainGraphSettings(kind="brain-graph", preset=preset, dropout=dropout)  # type: ignore[arg-type]
     torch.manual_seed(0)
     system = settings.build({"A": AtlasRecord(template="T", regions=tuple(f"r{i}" for i in range(regions)))})
     module = system.module.to(device)
+    for part in system.repeated_parts if compiled else ():
+        part.compile(dynamic=False)
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     data, few = batch_of(batch, regions, device), batch_of(COUNTED, regions, device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +39,7 @@ from brainfm_cli.learning.checkpoints import (
     save_state,
     write_tensors,
 )
+from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.log import TrainingLog
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,15 @@ class Judged(Protocol):
 
     def judge(self, epoch: int) -> float | None:
         """What is smallest in the best epoch; none where this epoch cannot be the best. Called once the validation batches are done."""
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A system that names the parts of its module which are worth compiling: those that repeat, so that one compilation serves all."""
+
+    @property
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """Modules of the same code and sizes."""
 
 
 class BatchSource(Protocol):
@@ -224,6 +234,8 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
         The process was told to stop (SIGUSR1, as batch systems send before a time limit); its state is saved.
     """
     started = time.perf_counter()
+    if execution.compile:
+        _compile(system, choose_device(execution.device))
     state = newest_state(folder)
     run = _Run(system, source, plan, folder, state)
     trainer = _trainer(plan, execution, run)
@@ -519,6 +531,15 @@ def _stopped_by_signal(run: _Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def _compile(system: Trainable, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise SettingsError("execution.compile is for GPUs", fix="leave it out, or use --device cuda")
+    if not isinstance(system, Compilable):
+        raise SettingsError("this system has no parts that are worth compiling", fix="leave execution.compile out")
+    for part in system.repeated_parts:
+        part.compile(dynamic=False)  # one atlas, one shape; in place, so that the names of weights stay
 
 
 def _fit(trainer: lightning.Trainer, run: _Run) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm_cli.models.attention import EdgeBias, biased_attention
-from brainfm_cli.models.graphs import NUM_WALK_STEPS, normalised_adjacency
+from brainfm_cli.models.graphs import NUM_WALK_STEPS, known_complete, normalised_adjacency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class GraphEncoder(nn.Module):
     def forward(self, graphs: EncoderInput, disorder: Tensor | None = None) -> Encoding:
         """Region vectors and readout; ``disorder`` is an optional (batch, width) token."""
         tokens = self.tokens(graphs, disorder)
-        everyone = bool(graphs.present.all())
+        everyone = known_complete(graphs.present)
         bias = EdgeBias.over_tokens(graphs.adjacency, graphs.edge_prompt, None if everyone else graphs.present, num_extra=self.NUM_EXTRA)
         propagation = normalised_adjacency(graphs.adjacency)
         for block in self.blocks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm_cli.models.graph_encoder import EncoderInput, EncoderShape, Encoding, GraphEncoder
-from brainfm_cli.models.graphs import Graphs, random_walk_encoding
+from brainfm_cli.models.graphs import Graphs, full_precision, known_complete, random_walk_encoding
 from brainfm_cli.models.heads import ContrastHead, NodeDecoder
 from brainfm_cli.models.prompts import GraphPrompt
 
@@ -60,7 +60,7 @@ class GraphModel(nn.Module):
         """The encoder's input: graphs after the prompt, with random-walk encodings of the unprompted graph."""
         named, atlas = self.encoder.context(graphs.atlas, disorder)
         features, adjacency, edge = (prompt or self.prompt)(graphs, named, atlas)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(graphs.adjacency.device):
             walks = random_walk_encoding(graphs.adjacency)
         return EncoderInput(
             atlas=graphs.atlas,
@@ -74,5 +74,5 @@ class GraphModel(nn.Module):
 
     def decode(self, encoding: Encoding, graphs: Graphs, hidden: Tensor) -> Tensor:
         """(batch, regions, width) decoded vectors of graphs that were encoded with ``hidden`` (batch, regions) masked."""
-        present = None if bool(graphs.present.all()) else graphs.present
+        present = None if known_complete(graphs.present) else graphs.present
         return self.decoder(encoding.nodes, hidden, present, self.encoder.node_identity[graphs.atlas])

@@ -37,6 +37,16 @@ class Graphs:
     """(batch, regions) bool: masked for reconstruction; none where nothing is masked."""
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Inside, products are taken in 32 bits whatever the training's precision: which regions are joined hangs on the third digit."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def known_complete(mask: Tensor) -> bool:
+    """Whether every entry is known to be true. Looked up on CPUs only: a GPU would have to wait, and its kernels mask for nothing."""
+    return mask.device.type == "cpu" and bool(mask.all())
+
+
 def correlate(series: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Pearson correlation of each item's first ``frames`` rows, and which regions are present.
 
@@ -178,7 +188,8 @@ def hashed_uniform(keys: Tensor, shape: tuple[int, ...], *, stream: int) -> Tens
     position = torch.arange(count, device=keys.device, dtype=torch.int64)
     start = _mix((keys ^ (stream * 0x9E3779B1)) & 0xFFFFFFFF)
     start = _mix(start ^ ((keys >> 32) & 0xFFFFFFFF))
-    bits = _mix((start[:, None] + position[None, :] * 0x9E3779B1) & 0xFFFFFFFF)
+    # the same factor less 2³², which compiled kernels can hold in 32 bits; the product modulo 2³² does not change
+    bits = _mix((start[:, None] + position[None, :] * (0x9E3779B1 - (1 << 32))) & 0xFFFFFFFF)
     # 24 bits are exact in float32
     return ((bits >> 8).to(torch.float32) / 16777216.0).reshape(keys.shape[0], *shape)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from brainfm_cli.models.graphs import Graphs
+from brainfm_cli.models.graphs import Graphs, known_complete
 
 EDGE_STRENGTH = 0.3
 _FIRST_GATES = (1.0, 0.0, 1.0, -4.0)
@@ -45,7 +45,7 @@ class GraphPrompt(nn.Module):
         edge = edge * (1.0 - torch.eye(edge.shape[-1], device=edge.device, dtype=edge.dtype))
         usable = graphs.present if graphs.hidden is None else graphs.present & ~graphs.hidden
         offered = edge
-        if not bool(usable.all()):
+        if not known_complete(usable):
             usable = usable.to(edge.dtype)
             offered = edge * usable[:, :, None] * usable[:, None, :]
         adjacency = graphs.adjacency + EDGE_STRENGTH * offered * (1.0 - graphs.adjacency)

@@ -372,3 +372,8 @@ def test_a_damaged_state_is_a_named_error(tmp_path: Path) -> None:
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="unknown precision '64'"):
         train(Toy(), Source(), PLAN, Execution(device="cpu", precision="64"), tmp_path)
+
+
+def test_compiling_is_for_gpus(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="for GPUs"):
+        train(Toy(), Source(), PLAN, Execution(device="cpu", compile=True), tmp_path)

@@ -30,6 +30,7 @@ from brainfm_cli.systems.brain_caption.floors import CaptionBank, fit_ridge
 from brainfm_cli.systems.brain_caption.pretraining import PreparedEncoder, evaluate_encoder, fit_scale, prepare
 from tests.learning.voxel_cohorts import SETTINGS, write_cohort
 from tests.models.tiny_language import trained_llama, write_bert
+from tests.systems.half_precision import assert_trains_in_half_precision
 
 NANO = BrainCaptionSettings(kind="brain-caption", preset="nano")
 
@@ -258,3 +259,8 @@ def test_vectors_of_pictures(tmp_path: Path, cohort: VoxelCohort) -> None:
     table = tmp_path / "vectors.tsv"
     table.write_text("name\ta\tb\n" + "".join(f"{name}\t3\t4\n" for name in cohort.stimuli))
     assert next(iter(read_picture_vectors(table, None, cohort).values())).tolist() == pytest.approx([0.6, 0.8])
+
+
+def test_half_precision_trains(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
+    assert_trains_in_half_precision(prepared.system, first_batch(prepared.source))
+    assert_trains_in_half_precision(captioner(prepared, language, sentences), first_batch(prepared.source))

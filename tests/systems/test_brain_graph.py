@@ -17,6 +17,7 @@ from brainfm_cli.learning.samples import PretrainBatch, pad_windows
 from brainfm_cli.records import RegionTable
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.brain_graph import PRESETS, BrainGraph, BrainGraphSettings
+from tests.systems.half_precision import assert_trains_in_half_precision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -248,3 +249,12 @@ def test_the_head_reads_networks_or_clusters(system: BrainGraph) -> None:
     assert clusters["edges"].shape == (6, 36)
     unfitted = SETTINGS.build(ATLASES)
     assert set(unfitted.connectivity_blocks(windows_of("Nine"))) == {"edges", "edges_log"}
+
+
+def test_half_precision_trains_on_the_same_graphs(system: BrainGraph) -> None:
+    # which edges there are must not depend on the precision of the encoder
+    assert_trains_in_half_precision(system, batch_of(), exactly=["monitor_edge_density", "monitor_hidden_share"])
+    windows = windows_of("Nine")
+    with torch.autocast("cpu", torch.bfloat16):
+        half = system.graphs(windows)
+    assert torch.equal(half.features, system.graphs(windows).features)

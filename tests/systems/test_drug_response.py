@@ -18,6 +18,7 @@ from brainfm_cli.learning.samples import PretrainBatch, Windows, pad_windows
 from brainfm_cli.records import RegionTable
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.drug_response import PRESETS, DrugResponse, DrugResponseSettings
+from tests.systems.half_precision import assert_trains_in_half_precision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -249,3 +250,7 @@ def test_effective_rank_tells_collapse() -> None:
     line = torch.randn(30, 1) @ torch.randn(1, 16)
     assert float(objectives.effective_rank(line)) == pytest.approx(1, abs=0.01)
     assert float(objectives.effective_rank(torch.randn(300, 16))) > 14
+
+
+def test_half_precision_trains(system: DrugResponse) -> None:
+    assert_trains_in_half_precision(system, batch_of())

@@ -15,6 +15,7 @@ from brainfm_cli.learning.slice_samples import SliceBatch
 from brainfm_cli.systems.mri_language import MriLanguageSettings
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings, make_view
 from brainfm_cli.systems.mri_language.encoder import fill_with_mean, spread_cells
+from tests.systems.half_precision import assert_trains_in_half_precision
 
 STILL = AugmentSettings(rotation_deg=0, scale=0, flip=0, gamma=0, contrast=0, bias_field=0, noise=0, blur=0)
 
@@ -158,3 +159,8 @@ def test_intervals_are_over_patients_not_slices() -> None:
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.1 / np.sqrt(20), rel=0.4)
     difference = table[(table["score"] == "SSIM, hidden brain") & (table["method"] == "model less inpainting")].iloc[0]
     assert (difference["low"], difference["high"]) == pytest.approx((0.1, 0.1))
+
+
+def test_half_precision_trains() -> None:
+    torch.manual_seed(0)
+    assert_trains_in_half_precision(settings().build(), batch(4))

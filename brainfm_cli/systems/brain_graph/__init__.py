@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from scipy.cluster.hierarchy import fcluster, ward
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainfm_cli.bids.cohort import Cohort, CohortAtlas
 from brainfm_cli.config import Frozen
@@ -42,6 +42,7 @@ from brainfm_cli.models.graphs import (
     choose_hidden,
     connect,
     correlate,
+    full_precision,
     hashed_normal,
     hashed_uniform,
     hide_nodes,
@@ -231,6 +232,11 @@ class BrainGraph:
         return self.model
 
     @property
+    def repeated_parts(self) -> Iterable[nn.Module]:
+        """The encoder's blocks."""
+        return self.model.encoder.blocks
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
         losses = self.settings.losses
@@ -288,7 +294,7 @@ class BrainGraph:
 
     def graphs(self, windows: Windows) -> Graphs:
         """Standardised graphs of a batch of windows, on the windows' device."""
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(windows.series.device):
             return self.model.standardiser(self._raw_graphs(windows.atlas, *correlate(windows.series, windows.frames)))
 
     def _raw_graphs(self, atlas: str, correlation: Tensor, present: Tensor) -> Graphs:
@@ -357,10 +363,11 @@ class BrainGraph:
     @torch.no_grad()
     def _masked(self, windows: Windows, keys: Tensor, ratio: float, stream: int) -> tuple[Graphs, Tensor, Graphs]:
         """The whole graphs, (batch, regions) bool of what is hidden, and the graphs of what is left."""
-        correlation, present = correlate(windows.series, windows.frames)
-        whole = self.model.standardiser(self._raw_graphs(windows.atlas, correlation, present))
-        hidden = choose_hidden(present, hashed_uniform(keys, (present.shape[1],), stream=stream), ratio)
-        return whole, hidden, hide_nodes(whole, hidden, connect(correlation, present & ~hidden, **self._edge_rule))
+        with full_precision(windows.series.device):
+            correlation, present = correlate(windows.series, windows.frames)
+            whole = self.model.standardiser(self._raw_graphs(windows.atlas, correlation, present))
+            hidden = choose_hidden(present, hashed_uniform(keys, (present.shape[1],), stream=stream), ratio)
+            return whole, hidden, hide_nodes(whole, hidden, connect(correlation, present & ~hidden, **self._edge_rule))
 
     def _perturb(self, graphs: Graphs, keys: Tensor) -> Graphs:
         square = tuple(graphs.adjacency.shape[1:])
