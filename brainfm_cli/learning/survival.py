@@ -3,6 +3,9 @@
 Each is a function of (resamples, people) weights, as in :mod:`brainfm_cli.learning.scores`: a row of ones gives the
 score itself, bootstrap rows its interval. Censoring is weighed by its Kaplan–Meier curve among *training* people, so
 that nothing of the test people's follow-up is fitted. NaN where nobody can be compared.
+
+With a competing end (death before metastasis), people who had it are known to be free of the event for good: they are never censored, stay
+in every comparison, and a forecast is one minus the cumulative incidence (Wolbers et al. 2014; Blanche et al. 2013, second definition).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ class Outcome:
     time: NDArray[np.float64]
     """(people,) follow-up, in one unit."""
     event: NDArray[np.bool_]
-    """(people,) whether the event happened; otherwise the person was censored."""
+    """(people,) whether the event happened; otherwise the person was censored, or had the competing end."""
+    competing: NDArray[np.bool_] | None = None
+    """(people,) whether something happened after which the event cannot; none where there is no such end."""
 
     def __post_init__(self) -> None:
         if self.time.shape != self.event.shape or self.time.ndim != 1:
@@ -40,6 +45,13 @@ class Outcome:
             raise InputDatasetError("a follow-up time is missing, infinite or negative", fix="mend the time column, or leave the person out ('where')")  # fmt: skip
         if self.event.dtype != np.bool_:
             raise InputDatasetError(f"events are {self.event.dtype}, not true or false", fix="declare which code is the event: it is never guessed")  # fmt: skip
+        if self.competing is not None and (self.competing.shape != self.event.shape or (self.competing & self.event).any()):
+            raise InputDatasetError("somebody had both the event and the competing end, or one of them is not known for everybody", fix="give one end per person")  # fmt: skip
+
+    @property
+    def freed(self) -> NDArray[np.bool_]:
+        """(people,) who had the competing end."""
+        return np.zeros(len(self.event), bool) if self.competing is None else self.competing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,8 @@ class StepCurve:
 def kaplan_meier(outcome: Outcome, *, censoring: bool = False) -> StepCurve:
     """Share of people free of the event over time; with ``censoring`` free of censoring, where events come first among ties."""
     times, inverse = np.unique(outcome.time, return_inverse=True)
-    total, events = np.bincount(inverse), np.bincount(inverse, weights=outcome.event)
+    ended = outcome.event | outcome.freed if censoring else outcome.event
+    total, events = np.bincount(inverse), np.bincount(inverse, weights=ended)
     at_risk = (np.cumsum(total[::-1])[::-1]).astype(np.float64)
     happened = total - events if censoring else events
     if censoring:
@@ -70,7 +83,7 @@ def kaplan_meier(outcome: Outcome, *, censoring: bool = False) -> StepCurve:
 
 def weighted_harrell(outcome: Outcome, risk: NDArray[np.float64]) -> Weighted:
     """Harrell's C: of pairs whose order is known, how many the risk orders rightly; ties of risk count one half."""
-    return _concordance(outcome, risk, np.ones(len(risk)))
+    return _concordance(outcome, risk, np.ones(len(risk)), outcome.freed.astype(np.float64))
 
 
 def weighted_uno(train: Outcome, outcome: Outcome, risk: NDArray[np.float64], *, until: float) -> Weighted:
@@ -82,14 +95,19 @@ def weighted_uno(train: Outcome, outcome: Outcome, risk: NDArray[np.float64], *,
         No training person is followed as long as an event before ``until``.
     """
     used = outcome.event & (outcome.time < until)
-    return _concordance(Outcome(time=outcome.time, event=outcome.event), risk, _inverse(train, outcome.time, used) ** 2)
+    mine = _inverse(train, outcome.time, used)
+    before = outcome.freed & (outcome.time < until)
+    return _concordance(outcome, risk, mine, _inverse(train, outcome.time, before))
 
 
-def _concordance(outcome: Outcome, risk: NDArray[np.float64], weight: NDArray[np.float64]) -> Weighted:
-    """Pairs (i, j): i has the event, and j is followed longer, or as long and without the event."""
+def _concordance(outcome: Outcome, risk: NDArray[np.float64], weight: NDArray[np.float64], freed: NDArray[np.float64]) -> Weighted:
+    """Pairs (i, j): i has the event, and j is followed longer, or as long and without the event, or had the competing end before.
+
+    A pair weighs ``weight`` of i squared, or with the competing end that of i times ``freed`` of j.
+    """
     time, event = outcome.time, outcome.event
     later = (time[:, None] < time) | ((time[:, None] == time) & ~event)
-    known = (event * weight)[:, None] * later
+    known = (event * weight**2)[:, None] * later + (event * weight)[:, None] * (freed * outcome.freed) * ~later
     right = known * ((risk[:, None] > risk) + 0.5 * (risk[:, None] == risk))
 
     def share(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -99,9 +117,11 @@ def _concordance(outcome: Outcome, risk: NDArray[np.float64], weight: NDArray[np
 
 
 def weighted_auroc_at(train: Outcome, outcome: Outcome, risk: NDArray[np.float64], *, when: float) -> Weighted:
-    """Cumulative/dynamic AUROC (Uno 2007): people with the event by ``when`` against those still free of it."""
+    """Cumulative/dynamic AUROC (Uno 2007): people with the event by ``when`` against those free of it, for now or for good."""
     case, free = outcome.event & (outcome.time <= when), outcome.time > when
-    share = np.where(case, _inverse(train, outcome.time, case), free.astype(np.float64))
+    freed = outcome.freed & (outcome.time <= when)
+    still = _inverse(train, np.full(len(risk), when), free) if freed.any() else free.astype(np.float64)
+    share = np.where(free, still, _inverse(train, outcome.time, case | freed))
     area = weighted_auroc(case.astype(np.int64), risk)
     return lambda weights: area(weights * share)
 
@@ -132,7 +152,8 @@ def _brier_terms(train: Outcome, outcome: Outcome, survival: NDArray[np.float64]
     terms = np.zeros((len(outcome.time), len(times)))
     for column, when in enumerate(times):
         case, free = outcome.event & (outcome.time <= when), outcome.time > when
-        weight = _inverse(train, np.where(case, outcome.time, when), case | free)
+        freed = outcome.freed & (outcome.time <= when)
+        weight = _inverse(train, np.where(case | freed, outcome.time, when), case | free | freed)
         terms[:, column] = weight * np.where(case, survival[:, column], 1 - survival[:, column]) ** 2
     return terms
 
