@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def assert_trains_in_half_precision(system: Any, batch: Any, *, exactly: Sequence[str] = (), rel: float = 0.1) -> None:  # noqa: ANN401
+def assert_trains_in_half_precision(system: Any, batch: Any, *, exactly: Sequence[str] = (), rel: float = 0.1) -> None:
     """Terms near those of 32 bits (``exactly`` equal where named), finite gradients."""
     torch.manual_seed(0)
     whole = system.losses(batch, epoch=0.0)
