@@ -179,11 +179,12 @@ def extend_split(split: ImageSplit, cohort: VoxelCohort, settings: ImageSplitSet
 
     ``settings`` say what share of new pictures trains and chooses; without them all new pictures test.
     """
+    old_units = set(split.table["unit"])
     if split.unit == "run":
-        new = [unit for unit in sorted(set(_run_units(cohort.trials))) if unit not in set(split.table["unit"])]
+        new = sorted(set(_run_units(cohort.trials)) - old_units)
         groups = {unit: unit for unit in new}
     else:
-        new = [name for name in sorted(set(cohort.trials["stimulus"])) if name not in set(split.table["unit"])]
+        new = sorted(set(cohort.trials["stimulus"]) - old_units)
         groups = picture_groups(list(cohort.stimuli.values()), None)
     if not new:
         return split
