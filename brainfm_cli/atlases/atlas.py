@@ -6,11 +6,11 @@ import importlib.util
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from brainfm_cli.bids.images import check_size
+from brainfm_cli.bids.images import load_image, read_voxels
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.provenance import file_sha256
 from brainfm_cli.records import RegionTable
@@ -217,24 +217,10 @@ def _draw_spheres(atlas: Atlas) -> NDArray[np.int32]:
 
 
 def _read_labels(atlas: Atlas) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    import nibabel as nib  # loading an image is the only reason for it
-
-    path = atlas.path
-    try:
-        image = cast("nib.Nifti1Image", nib.load(str(path)))
-        check_size(Path(str(path)), image.shape, image.get_data_dtype())
-        data = np.asanyarray(image.dataobj)
-        affine = np.asarray(image.affine, np.float64)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OverflowError,
-        nib.filebasedimages.ImageFileError,
-        nib.spatialimages.HeaderDataError,
-    ) as error:
-        raise InputDatasetError(f"the image of atlas {atlas.name} is unreadable: {error}", where=path, fix=atlas.remedy) from error
+    path, what = Path(str(atlas.path)), f"the image of atlas {atlas.name}"
+    image = load_image(path, what=what, fix=atlas.remedy)
+    data = read_voxels(path, image, what=what, fix=atlas.remedy)
+    affine = np.asarray(image.affine, np.float64)
     data = np.squeeze(data) if data.ndim > 3 else data
     if data.ndim != 3:
         raise InputDatasetError(f"atlas {atlas.name} has {data.ndim} dimensions", where=path, fix="a label image has three")

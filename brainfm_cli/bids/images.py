@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import struct
+import zlib
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from xml.parsers.expat import ExpatError
 
 import numpy as np
 
 from brainfm_cli.bids.derivatives import atomic_path
-from brainfm_cli.errors import InputDatasetError
+from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +38,58 @@ def check_size(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
         raise InputDatasetError(
             f"the header promises {'×'.join(map(str, shape))} numbers, more than the file can hold", where=path, fix="convert or copy it again"
         )  # fmt: skip
+
+
+def load_image(path: Path, *, what: str = "the image", fix: str = "convert or copy it again") -> Any:  # noqa: ANN401  (nibabel has no types)
+    """An image by its header, whose voxels are on disk until :func:`read_voxels`.
+
+    Raises
+    ------
+    InputNotFoundError
+        The file does not exist.
+    InputDatasetError
+        It is empty, no image, or its header cannot be right.
+    """
+    import nibabel as nib
+
+    if not path.exists():
+        raise InputNotFoundError(f"{what} does not exist", where=path, fix="check the path and the labels")
+    try:
+        if path.stat().st_size == 0:
+            raise InputDatasetError(f"{what} cannot be read: it has 0 bytes", where=path, fix=fix)
+        image: Any = nib.load(path)
+        shape, dtype = image.shape, image.get_data_dtype()
+    except _broken() as error:
+        raise InputDatasetError(f"{what} cannot be read: {error}", where=path, fix=fix) from error
+    check_size(path, shape, dtype)
+    return image
+
+
+def read_voxels(path: Path, image: Any, dtype: type | None = None, *, what: str = "the image", fix: str = "copy it again from its source") -> NDArray[Any]:  # noqa: ANN401  # fmt: skip
+    """All voxels of an image, scaled as its header says.
+
+    Raises
+    ------
+    InputDatasetError
+        They are cut off, damaged, or no numbers.
+    """
+    try:
+        voxels = np.asanyarray(image.dataobj) if dtype is None else np.asarray(image.dataobj, dtype)
+    except _broken() as error:
+        raise InputDatasetError(f"{what} cannot be read: {error}", where=path, fix=fix) from error
+    if voxels.dtype.kind not in "biuf":
+        raise InputDatasetError(f"{what} holds {voxels.dtype}, not real numbers", where=path, fix="store it as integers or floats")
+    return voxels
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What nibabel and the libraries below it raise on files that are no intact images."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    nibabel: tuple[type[Exception], ...] = (ImageFileError, HeaderDataError, WrapStructError)
+    return (*nibabel, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, zlib.error, struct.error, ExpatError)  # fmt: skip
 
 
 def write_image(

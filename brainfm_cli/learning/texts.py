@@ -138,7 +138,10 @@ def read_disorders(path: Path | None) -> DisorderTable:
     if path is None:
         return packaged_disorders()
     if path.suffix == ".tsv":
-        table = pd.read_csv(io.StringIO(_text(path)), sep="\t", dtype=str, keep_default_na=False)
+        try:
+            table = pd.read_csv(io.StringIO(_text(path)), sep="\t", dtype=str, keep_default_na=False)
+        except ValueError as error:
+            raise InputDatasetError(f"the table is no TSV: {error}", where=path, fix="separate name, abbreviation and description by tabs") from error  # fmt: skip
         columns = [column for column in ("name", "abbreviation", "description") if column in table]
         return _table(DisorderTable, {"disorders": table[columns].to_dict("records")}, path)
     return _table(DisorderTable, _yaml(path), path)

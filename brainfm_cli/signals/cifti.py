@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.bids.images import load_image
+from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals.parcellation import RegionAverages
 from brainfm_cli.signals.spaces import relation
 
@@ -64,14 +65,7 @@ def average_grayordinates(path: Path, atlases: Sequence[Atlas], *, space: str) -
 def _load(path: Path) -> Any:  # noqa: ANN401  (nibabel's CIFTI classes have no types)
     import nibabel as nib
 
-    if not path.is_file():
-        raise InputNotFoundError("the image does not exist", where=path, fix="check the path and the labels")
-    if path.stat().st_size == 0:
-        raise InputDatasetError("the image has 0 bytes", where=path, fix="copy the file again from its source")
-    try:
-        image = nib.load(str(path))
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputDatasetError(f"the CIFTI file is unreadable: {error}", where=path, fix="copy the file again from its source") from error
+    image = load_image(path, what="the CIFTI file", fix="copy the file again from its source")
     if not isinstance(image, nib.Cifti2Image):
         raise InputDatasetError("the image is no CIFTI-2 file", where=path, fix="give a .dtseries.nii or .dlabel.nii")
     return image

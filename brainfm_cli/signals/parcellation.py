@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brainfm_cli.bids.images import load_image, read_voxels
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals.spaces import labels_on_grid
 from brainfm_cli.signals.volumes import open_series
@@ -152,15 +153,8 @@ def read_mask(path: Path, header: SeriesHeader) -> NDArray[np.bool_]:
     InputDatasetError
         Unreadable, on another grid, or empty.
     """
-    import nibabel as nib
-
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputDatasetError("the brain mask has 0 bytes", where=path, fix=_MASK_REMEDY)
-    try:
-        image = nib.load(str(path))
-        data, affine = np.asanyarray(image.dataobj), np.asarray(image.affine)  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputDatasetError(f"the brain mask is unreadable: {error}", where=path, fix=_MASK_REMEDY) from error
+    image = load_image(path, what="the brain mask", fix=_MASK_REMEDY)
+    data, affine = read_voxels(path, image, what="the brain mask", fix=_MASK_REMEDY), np.asarray(image.affine)
     if data.shape != header.shape or not np.allclose(affine, header.affine, atol=1e-3):
         raise InputDatasetError(
             f"the brain mask {data.shape} and the series {header.shape} lie on different grids", where=path, fix=_MASK_REMEDY

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from brainfm_cli.bids.images import load_image, read_voxels
 from brainfm_cli.bids.slice_cohort import PLANES, Plane
 from brainfm_cli.errors import InputDatasetError
 
@@ -71,7 +72,7 @@ def read_volume(path: Path, *, gradients: Path | None = None) -> Volume:
     InputDatasetError
         Unreadable, a single 2-D slice, a colour image, several volumes of no known kind, no finite values, or a singular affine.
     """
-    image = _load(path)
+    image = load_image(path)
     if image.get_data_dtype().fields is not None:
         raise InputDatasetError("the image holds colours, not intensities", where=path, fix="give the scan itself, not a picture of it")
     shape = tuple(image.shape)
@@ -81,7 +82,7 @@ def read_volume(path: Path, *, gradients: Path | None = None) -> Volume:
         raise InputDatasetError(
             f"the image is a single slice ({'×'.join(map(str, shape))} voxels)", where=path, fix="give the whole volume, not 2-D slices"
         )
-    data, notes = _one_volume(path, _values(path, image).reshape(shape), gradients)
+    data, notes = _one_volume(path, read_voxels(path, image, np.float32).reshape(shape), gradients)
     data, affine = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0), np.asarray(image.affine, np.float64)
     if not data.any() or data.min() == data.max():
         raise InputDatasetError("every voxel has the same value", where=path, fix=_CONVERT)
@@ -99,8 +100,8 @@ def read_labels(mask: LesionMask, volume: Volume) -> tuple[NDArray[np.uint8], tu
     InputDatasetError
         The mask holds values that nothing describes or no label at all, or lies outside the volume.
     """
-    image = _load(mask.path)
-    data = np.nan_to_num(_values(mask.path, image)).reshape(tuple(image.shape)[:3])
+    image = load_image(mask.path)
+    data = np.nan_to_num(read_voxels(mask.path, image, np.float32)).reshape(tuple(image.shape)[:3])
     rounded = np.rint(data)
     if np.abs(data - rounded).max() > 1e-3:
         raise InputDatasetError(
@@ -134,26 +135,6 @@ def read_labels(mask: LesionMask, volume: Volume) -> tuple[NDArray[np.uint8], tu
 def _overlaps(voxels: NDArray[np.int64], affine: NDArray[np.float64], volume: Volume) -> bool:
     places = (np.linalg.inv(volume.affine) @ affine @ np.c_[voxels, np.ones(len(voxels))].T)[:3].T
     return bool(((places >= -0.5) & (places <= np.array(volume.data.shape) - 0.5)).all(1).any())
-
-
-def _load(path: Path) -> Any:  # noqa: ANN401  (nibabel has no types)
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        return nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError) as error:
-        raise InputDatasetError(f"the image cannot be read: {error}", where=path, fix="convert or copy it again") from error
-
-
-def _values(path: Path, image: Any) -> NDArray[np.float32]:  # noqa: ANN401
-    import zlib
-
-    try:
-        return np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
-        raise InputDatasetError(f"the image's voxels cannot be read: {error}", where=path, fix="copy it again from its source") from error
 
 
 def _one_volume(path: Path, data: NDArray[np.float32], gradients: Path | None) -> tuple[NDArray[np.float32], tuple[str, ...]]:

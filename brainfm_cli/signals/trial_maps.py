@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from brainfm_cli.bids.images import load_image, read_voxels
 from brainfm_cli.bids.trials import TrialRun, read_scale, read_trial_table
 from brainfm_cli.bids.voxel_cohort import VoxelSpace, mask_hash, order_hash, order_voxels
-from brainfm_cli.errors import InputDatasetError, InputNotFoundError
+from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.signals.volumes import SeriesHeader, open_series
 
 if TYPE_CHECKING:
@@ -169,17 +170,9 @@ def _stored_places(voxels: VoxelMask, shape: tuple[int, int, int]) -> NDArray[np
 
 
 def _volume(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-
-    try:
-        image = nib.load(path)
-        data = np.asarray(image.dataobj, np.float64)  # type: ignore[attr-defined]
-        affine = np.asarray(image.affine, np.float64)  # type: ignore[attr-defined]
-    except FileNotFoundError as error:
-        raise InputNotFoundError("the image does not exist", where=path, fix="check the path") from error
-    except (OSError, EOFError, ValueError, ImageFileError) as error:
-        raise InputDatasetError(f"the image is unreadable: {error}", where=path, fix="copy it again from its source") from error
+    image = load_image(path)
+    data: NDArray[np.float64] = read_voxels(path, image, np.float64)
+    affine = np.asarray(image.affine, np.float64)
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
     if data.ndim != 3:

@@ -114,7 +114,7 @@ def test_a_frame_without_number_is_named(tmp_path: Path, atlas: Atlas, generator
         average_grayordinates(write_dtseries(tmp_path / "x.dtseries.nii", data), [atlas], space=SPACE)
 
 
-@pytest.mark.parametrize(("fault", "says"), [("zero", "0 bytes"), ("text", "unreadable"), ("truncated", "truncated|unreadable"), ("frame", "one frame"), ("mesh", "vertices"), ("space", "cannot be combined")])  # fmt: skip
+@pytest.mark.parametrize(("fault", "says"), [("zero", "0 bytes"), ("text", "cannot be read"), ("truncated", "truncated|unreadable"), ("frame", "one frame"), ("mesh", "vertices"), ("space", "cannot be combined")])  # fmt: skip
 def test_bad_files_are_named(tmp_path: Path, atlas: Atlas, fault: str, says: str) -> None:
     path = tmp_path / "x.dtseries.nii"
     models = nib.cifti2.BrainModelAxis.from_surface(np.arange(30), 99, LEFT) if fault == "mesh" else SERIES_AXIS

@@ -257,7 +257,7 @@ def test_labels_are_placed_once_per_grid_and_operators_once_per_mask(
         ("grid", "different grids"),
         ("shape", "different grids"),
         ("zero", "0 bytes"),
-        ("text", "unreadable"),
+        ("text", "cannot be read"),
     ],
 )
 def test_bad_masks_are_named(tmp_path: Path, atlases: list[Atlas], fault: str, says: str) -> None:
