@@ -22,6 +22,8 @@ from brainfm_cli.learning.attributions import Attribution, Baseline, Explanation
 from brainfm_cli.learning.head_fit import FittedHead
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
 
+SERIES, CONNECTIVITY = "series", "connectivity"
+"""Names of the ways by which a run reaches the head."""
 _SMALLEST_SHARE = 0.01  # of the sum of attributions: a smaller change of score is no scale for the gap
 
 
@@ -117,6 +119,9 @@ def attribute_run(
         blocks = system.blocks_of(dict(zip(names, values, strict=True)), windows, module)
         # added to the inputs' own zero, so that gradients exist for a modality that the head does not read
         score = torch.stack([(value.flatten(1) * 0).sum(dim=1).double() for value in values]).sum(dim=0)
+        if missing := weights.keys() - blocks.keys():
+            what = f"the head reads '{min(missing)}', which is no function of the run's own inputs"
+            raise UnsupportedStageError(what, fix="tune a head without it (tuning.blocks), or leave 'explain' out")
         for name, weight in weights.items():
             score = score + blocks[name].double() @ weight.to(blocks[name].device)
         return score

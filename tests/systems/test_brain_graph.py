@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from pydantic import ValidationError
 
 from brainfm_cli.bids.cohort import CohortAtlas
-from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError, SettingsError
+from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError, SettingsError, UnsupportedStageError
+from brainfm_cli.learning.attributions import ExplanationSettings
 from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, write_tensors
+from brainfm_cli.learning.explanation import attribute_run
 from brainfm_cli.learning.samples import PretrainBatch, pad_windows
 from brainfm_cli.records import RegionTable
 from brainfm_cli.systems import load_system
@@ -258,3 +261,39 @@ def test_half_precision_trains_on_the_same_graphs(system: BrainGraph) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         half = system.graphs(windows)
     assert torch.equal(half.features, system.graphs(windows).features)
+
+
+@pytest.mark.parametrize("connectivity", ["fisher-z", "pearson"])
+def test_an_explanation_reads_what_the_head_reads(connectivity: str) -> None:
+    torch.manual_seed(0)
+    graph = {"graph": {"connectivity": connectivity}}
+    system = BrainGraphSettings.model_validate(SETTINGS.model_dump() | graph).build(ATLASES)
+    system.fit_normalisation([windows_of("Twelve")])
+    system.model.eval()
+    windows, prompt = windows_of("Twelve", items=1), system.new_prompt("Twelve")
+    given = system.modalities(windows)
+    blocks = system.blocks_of({name: one.values for name, one in given.items()}, windows, prompt)
+    expected = system.connectivity_blocks(windows) | {"embedding": system.read(system.graphs(windows), prompt)}
+    assert blocks.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(blocks[name], values, msg=name)
+
+
+def test_attributions_add_up_and_find_the_regions_that_a_head_reads(system: BrainGraph) -> None:
+    windows, prompt = windows_of("Twelve", items=1), system.new_prompt("Twelve")
+    read = {name: values.shape[1] for name, values in system.connectivity_blocks(windows).items()}
+    weights = {name: np.zeros((width, 1)) for name, width in read.items()} | {"embedding": np.ones((32, 1))}
+    settings = ExplanationSettings(steps=32, most_steps=256)
+    head = SimpleNamespace(slope=1.0, weights=weights)
+    parts, _, change, gap, _ = attribute_run(system, windows, prompt.state_dict(), head, "zero", settings)  # type: ignore[arg-type]
+    assert gap < settings.tolerance
+    assert float(parts["connectivity"].sum()) == pytest.approx(change, rel=settings.tolerance)
+    rows, columns = np.triu_indices(12, k=1)
+    one_edge = ((rows == 2) & (columns == 7)).astype(float)[:, None]
+    head = SimpleNamespace(slope=1.0, weights=weights | {"edges": one_edge, "embedding": np.zeros((32, 1))})
+    parts, *_ = attribute_run(system, windows, prompt.state_dict(), head, "zero", settings)  # type: ignore[arg-type]
+    by_region = parts["connectivity"][0].abs().sum(dim=0)
+    assert set(by_region.nonzero().flatten().tolist()) == {2, 7}
+    head = SimpleNamespace(slope=1.0, weights={"donor": np.ones((3, 1))})
+    with pytest.raises(UnsupportedStageError, match="'donor'"):
+        attribute_run(system, windows, prompt.state_dict(), head, "zero", settings)  # type: ignore[arg-type]

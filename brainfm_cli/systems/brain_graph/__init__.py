@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,9 +27,11 @@ from brainfm_cli.learning.checkpoints import (
     shared_atlases,
     write_tensors,
 )
+from brainfm_cli.learning.explanation import CONNECTIVITY, Modality
 from brainfm_cli.learning.meta import MetaStart, read_starts
 from brainfm_cli.learning.pretraining import Credits
 from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
+from brainfm_cli.learning.tuning import EMBEDDING
 from brainfm_cli.models.attention import twice_differentiable
 from brainfm_cli.models.graph_encoder import EncoderShape, Encoding
 from brainfm_cli.models.graph_model import GraphModel
@@ -42,6 +44,7 @@ from brainfm_cli.models.graphs import (
     choose_hidden,
     connect,
     correlate,
+    fisher_z,
     full_precision,
     hashed_normal,
     hashed_uniform,
@@ -427,13 +430,35 @@ class BrainGraph:
     def connectivity_blocks(self, windows: Windows) -> dict[str, Tensor]:
         """What the head reads beside the embedding, (batch, features) each: connectivity of regions and of their groups."""
         correlation, present = correlate(windows.series, windows.frames)
-        blocks = connectivity_blocks(correlation, present, self._groups(windows.atlas))
-        if windows.atlas in self.text:
-            blocks["text"] = self.text[windows.atlas](correlation, present)[:, None]
-        if windows.atlas in self.meta:
-            embedding = self.read(self.graphs(windows), self.new_prompt(windows.atlas))
-            blocks["meta"] = self.meta[windows.atlas].score(embedding)[:, None]
+        return self._blocks(windows.atlas, correlation, present, lambda: self.graphs(windows))
+
+    def _blocks(self, atlas: str, correlation: Tensor, present: Tensor, graphs: Callable[[], Graphs]) -> dict[str, Tensor]:
+        """Blocks of the head beside the embedding, of connectivity and, where needed, the graphs made of it; gradients reach both."""
+        blocks = connectivity_blocks(correlation, present, self._groups(atlas))
+        if atlas in self.text:
+            blocks["text"] = self.text[atlas](correlation, present)[:, None]
+        if atlas in self.meta:
+            blocks["meta"] = self.meta[atlas].score(self.read(graphs(), self.new_prompt(atlas)))[:, None]
         return blocks
+
+    def modalities(self, windows: Windows) -> dict[str, Modality]:
+        """What the model reads of the one run in ``windows``: correlations."""
+        correlation, present = correlate(windows.series, windows.frames)
+        return {CONNECTIVITY: Modality(values=correlation, present=present[0], symmetric=True)}
+
+    def blocks_of(self, values: Mapping[str, Tensor], windows: Windows, prompt: TargetPrompt) -> dict[str, Tensor]:
+        """Blocks of a head, (rows, features) each, of (rows, regions, regions) correlations that stand in for the run's.
+
+        Gradients reach the correlations. Which regions are joined stays as in the run: that choice has no gradient.
+        """
+        own, given = self.graphs(windows), values[CONNECTIVITY]
+        whole, rows = (given + given.transpose(1, 2)) / 2, len(given)
+        features = fisher_z(whole) if self.settings.graph.connectivity == "fisher-z" else whole
+        present = own.present.expand(rows, -1)
+        graphs = self.model.standardiser(
+            replace(own, features=features, adjacency=own.adjacency.expand(rows, -1, -1), present=present)
+        )  # fmt: skip
+        return {EMBEDDING: self.read(graphs, prompt)} | self._blocks(windows.atlas, whole, present, lambda: graphs)
 
     def _groups(self, atlas: str) -> Tensor | None:
         """(regions, groups) 0/1: networks of the atlas table, else clusters of the pretraining people's mean connectivity, else none."""

@@ -18,7 +18,7 @@ from brainfm_cli.config import Frozen
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning import objectives
 from brainfm_cli.learning.checkpoints import AtlasRecord, check_atlas, load_weights, read_model_config, shared_atlases
-from brainfm_cli.learning.explanation import Modality
+from brainfm_cli.learning.explanation import CONNECTIVITY, SERIES, Modality
 from brainfm_cli.learning.pretraining import Credits
 from brainfm_cli.learning.samples import PretrainBatch, WindowRule, Windows, pad_windows
 from brainfm_cli.learning.tuning import EMBEDDING
@@ -46,8 +46,6 @@ PRESETS: dict[str, SeriesShape] = {
 _SIZES = ("width", "num_heads", "feedforward", "num_layers", "decoder_layers")
 _FACTOR_OF_UNITS = 8.0  # gains of scanners differ by less; percent signal change and raw intensity by more
 _ENCODED_AT_ONCE = 16
-SERIES, CONNECTIVITY = "series", "connectivity"
-"""Names of the two ways by which a run reaches the head."""
 _HIDE, _KIND = range(2)  # streams of the hashed random numbers
 _SOURCE = "Fan et al., FMM_TC (MICCAI 2025)"
 _CREDITS = Credits(
