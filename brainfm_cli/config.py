@@ -171,6 +171,11 @@ def read_execution(config: Path | None, overrides: Sequence[str], flags: dict[st
     return Execution.from_values(values | typed, where=config)
 
 
+def read_value(config: Path | None, overrides: Sequence[str], name: str) -> Any:  # noqa: ANN401
+    """One field as it is written in the settings file or behind ``--set``, not checked; none where it is not set."""
+    return _values(config, overrides).get(name)
+
+
 def digest_of(values: object) -> str:
     """SHA-256 of the canonical JSON of plain values."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

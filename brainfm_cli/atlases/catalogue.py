@@ -20,8 +20,10 @@ from brainfm_cli.records import RegionTable
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Atlas", "atlas_labels", "find_atlas", "known_atlases"]
+__all__ = ["DEFAULT_ATLASES", "Atlas", "atlas_labels", "find_atlas", "known_atlases"]
 
+DEFAULT_ATLASES = ("Schaefer100", "AAL116")
+"""Atlases of images where none is asked for."""
 _RESOLUTIONS = ("02", "01")
 
 

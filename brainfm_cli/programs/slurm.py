@@ -1,8 +1,7 @@
-"""SLURM: job scripts that requeue themselves, submission, and what became of every task, with and without an accounting database."""
+"""SLURM: what jobs ask for, scripts that requeue themselves, and submission."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from datetime import UTC, datetime
@@ -13,11 +12,11 @@ from pydantic import Field
 
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.config import Frozen
-from brainfm_cli.errors import InputDatasetError, MissingProgramError, ProgramFailedError, SettingsError
+from brainfm_cli.errors import InputDatasetError, MissingProgramError, OutputError, ProgramFailedError, SettingsError
 from brainfm_cli.programs.commands import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 FOLDER = Path("logs") / "slurm"
 """Where submissions lie in an output folder."""
@@ -28,35 +27,13 @@ LARGEST_ARRAY = 1000
 MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 """Options of sbatch that exclude one another."""
 WARNING_S = 120
-"""Seconds before the time limit at which a job that resumes is told to save its state."""
-Class = Literal["memory", "time", "node", "cancelled", "data", "settings", "program", "unknown"]
-TaskStatus = Literal["pending", "running", "done", "failed"]
+"""Seconds before the time limit at which a job that resumes is told to save its state; a third of limits below three minutes."""
+SHORTEST_S = 120
+"""SLURM looks at its clock once a minute: below this limit a job would be told to stop before it has done anything."""
 _OWN = frozenset({"throttle", "modules", "extra", "requeue"})
 _REFUSED = frozenset({"array", "output", "error", "dependency", "wrap", "parsable", "signal", "no-requeue", "export", "chdir"})
 _KEY = re.compile(r"[a-z][a-z0-9-]*")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)B?", re.IGNORECASE)
-_WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED", "SPECIAL_EXIT"})
-_ACTIVE = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING"})
-_CLASS_OF_STATE: dict[str, Class] = {
-    "OUT_OF_MEMORY": "memory", "TIMEOUT": "time", "DEADLINE": "time", "NODE_FAIL": "node", "BOOT_FAIL": "node", "PREEMPTED": "node",
-    "CANCELLED": "cancelled", "REVOKED": "cancelled",
-}  # fmt: skip
-# What slurmstepd leaves in the task's own log, which outlives the scheduler's memory of the job.
-_CLASS_OF_WORDS: tuple[tuple[str, Class], ...] = (
-    ("due to time limit", "time"), ("oom-kill", "memory"), ("oom_kill", "memory"), ("exceeded memory limit", "memory"),
-    ("exceeded job memory limit", "memory"), ("due to node failure", "node"), ("due to preemption", "node"),
-)  # fmt: skip
-_CLASS_OF_CODE: dict[int, Class] = {
-    2: "settings",
-    16: "data",
-    65: "data",
-    66: "data",
-    73: "settings",
-    78: "settings",
-    126: "settings",
-    127: "settings",
-}
-_TAIL_BYTES = 20_000
 
 
 class Resources(Frozen):
@@ -134,6 +111,8 @@ class Job(Frozen):
     """brainfm's arguments; an array's tasks get ``--participant-label`` behind them."""
     resources: Resources
     """What was asked for."""
+    after: tuple[Annotated[str, Field(pattern=r"^\d+$")], ...] = ()
+    """Jobs of earlier submissions that a group job waits for too."""
 
 
 class Submission(Frozen):
@@ -147,27 +126,6 @@ class Submission(Frozen):
     """In order."""
 
 
-class Task(Frozen):
-    """The last attempt at one piece of work."""
-
-    unit: str
-    """``sub-01``, or the role of a job without participants."""
-    role: str
-    """participants, single or group."""
-    job: str
-    """Job id, with the task's number in an array."""
-    status: TaskStatus
-    """pending, running, done or failed."""
-    failure: Class | None = None
-    """Why it failed."""
-    reason: str = ""
-    """The scheduler's words, or the exit code."""
-    node: str = ""
-    """Where it ran, as far as known."""
-    log: str
-    """Its log, relative to the output folder."""
-
-
 def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], resumes: bool, behind: Sequence[str] = ()) -> str:
     """The batch script of job ``number`` of a submission whose ``folder`` (absolute) holds logs, exit codes and lists of participants.
 
@@ -175,6 +133,11 @@ def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], r
 
     A command that ``resumes`` within a unit is told :data:`WARNING_S` before the time limit to save its state (SIGUSR1), and
     the job is put into the queue again.
+
+    Raises
+    ------
+    SettingsError
+        The time limit of a command that resumes is so short that it would be stopped before it has done anything.
     """
     array = job.role == "participants"
     requeues = resumes and job.resources.requeue
@@ -182,7 +145,7 @@ def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], r
     options = {
         "job-name": name,
         **job.resources.options,
-        "output": f"{folder / 'task-%A_%a.out' if array else folder / 'task-%j.out'}",
+        "output": f"{str(folder).replace('%', '%%')}/task-{'%A_%a' if array else '%j'}.out",
         "open-mode": "append",
     }
     if array:
@@ -190,7 +153,7 @@ def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], r
     if behind:
         options["dependency"] = f"afterany:{':'.join(behind)}"
     if requeues:
-        options["signal"] = f"B:USR1@{WARNING_S}"
+        options["signal"] = f"B:USR1@{warning_s(job.resources)}"
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={_directive(value)}" for key, value in options.items())]
     lines += ["#SBATCH --requeue" if requeues else "#SBATCH --no-requeue", "set -u", f"folder={shlex.quote(str(folder))}"]
     lines.append('task="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"')
@@ -219,8 +182,29 @@ def job_script(job: Job, folder: Path, number: int, *, brainfm: Sequence[str], r
     return "\n".join(lines) + "\n"
 
 
+def warning_s(resources: Resources) -> int:
+    """Seconds before its time limit at which a job that resumes is told so.
+
+    Raises
+    ------
+    SettingsError
+        The limit is below :data:`SHORTEST_S`.
+    """
+    limit = seconds(resources.options["time"]) if "time" in resources.options else 86400
+    if limit < SHORTEST_S:
+        raise SettingsError(
+            f"a time limit of {limit} s is over before the job has done anything, and it would be requeued in vain",
+            fix="give at least two minutes, or requeue=no",
+        )
+    return WARNING_S if limit > WARNING_S + 59 else limit // 3
+
+
 def _directive(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
+    """A value as sbatch reads it back from an #SBATCH line: blanks, quotes and ``#`` inside quotes, escaped by backslashes."""
+    if not re.search(r"[\s\"'#\\]", value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def participants_file(number: int) -> str:
@@ -238,15 +222,12 @@ def submit_jobs(output: Path, jobs: Sequence[Job], *, brainfm: Sequence[str], re
     ProgramFailedError
         sbatch refused a job; those before it are cancelled.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    known = {path.name for path in (output / FOLDER).glob("*")}
-    name = next(text for text in (stamp, *(f"{stamp}-{number}" for number in range(2, 100))) if text not in known)
-    folder = (output / FOLDER / name).absolute()
+    folder = _own_folder((output / FOLDER).absolute())
     submitted: list[Job] = []
     for number, job in enumerate(jobs, 1):
         if job.role == "participants":
             write_text(folder / participants_file(number), "\n".join(job.labels) + "\n")
-        behind = [earlier.job_id for earlier in submitted] if job.role == "group" else []
+        behind = [*job.after, *(earlier.job_id for earlier in submitted)] if job.role == "group" else []
         text = job_script(job, folder, number, brainfm=brainfm, resumes=resumes, behind=behind)
         script = write_text(folder / f"job-{number}-{job.role}.sh", text)
         code, said = ask("sbatch", "--parsable", str(script))
@@ -263,9 +244,21 @@ def submit_jobs(output: Path, jobs: Sequence[Job], *, brainfm: Sequence[str], re
             )
         submitted.append(job.model_copy(update={"job_id": found.group(1)}))
         # after every job, so that nothing that was submitted is forgotten
-        submission = Submission(name=name, submitted=datetime.now(UTC).isoformat(timespec="seconds"), jobs=tuple(submitted))
+        submission = Submission(name=folder.name, submitted=datetime.now(UTC).isoformat(timespec="seconds"), jobs=tuple(submitted))
         write_json(folder / "submission.json", submission.model_dump(mode="json"))
     return submission
+
+
+def _own_folder(parent: Path) -> Path:
+    """A new folder named by the time, ours alone also where somebody else submits in the same second."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    for name in (stamp, *(f"{stamp}-{number}" for number in range(2, 1000))):
+        try:
+            (parent / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return parent / name
+    raise OutputError("a thousand submissions within a second", where=parent, fix="submit again")
 
 
 def read_submissions(output: Path) -> list[Submission]:
@@ -288,86 +281,6 @@ def read_submissions(output: Path) -> list[Submission]:
                 f"the submission is unreadable: {error}", where=path, fix="remove its folder, and submit again"
             ) from error
     return found
-
-
-def tasks_of(output: Path, submissions: Sequence[Submission]) -> list[Task]:
-    """What became of every piece of work, by its last attempt; the scheduler is asked once."""
-    queue = _queue()
-    last: dict[tuple[str, str, str], Task] = {}
-    for submission in submissions:
-        folder = output / FOLDER / submission.name
-        for job in submission.jobs:
-            for number, label in enumerate(job.labels, 1) if job.role == "participants" else ((None, ""),):
-                name = job.job_id if number is None else f"{job.job_id}_{number}"
-                unit = f"sub-{label}" if label else job.role
-                last[" ".join(job.argv) if job.role == "single" else job.argv[0], job.role, unit] = _task(
-                    output, folder, job, name, unit, queue
-                )
-    return list(last.values())
-
-
-def _task(output: Path, folder: Path, job: Job, name: str, unit: str, queue: Mapping[str, tuple[str, str, str]]) -> Task:
-    log = folder / f"task-{name}.out"
-    about = {"unit": unit, "role": job.role, "job": name, "log": log.relative_to(output).as_posix()}
-    state, reason, node = queue.get(name, ("", "", ""))
-    if state in _WAITING:
-        return Task(status="pending", reason=reason, **about)  # type: ignore[arg-type]
-    if state in _ACTIVE:
-        return Task(status="running", node=node, **about)  # type: ignore[arg-type]
-    code, node = _exit_of(folder / f"exit-{name}", node)
-    if code == 0:
-        return Task(status="done", node=node, **about)  # type: ignore[arg-type]
-    if not state and code is None:
-        state, node = _remembered(name, node)
-        if state in _WAITING | _ACTIVE:  # the queue could not be read, or belongs to somebody else
-            return Task(status="pending" if state in _WAITING else "running", node=node, **about)  # type: ignore[arg-type]
-    words = _tail(log).lower()
-    failure = _CLASS_OF_STATE.get(state) or next((kind for text, kind in _CLASS_OF_WORDS if text in words), None)
-    if failure in {None, "cancelled"}:
-        by_words = next((kind for text, kind in _CLASS_OF_WORDS if text in words), None)
-        failure = by_words or (_CLASS_OF_CODE.get(code, "program") if code is not None else failure or "unknown")
-    said = state.lower().replace("_", " ") if state else "the scheduler knows nothing of it any more"
-    return Task(status="failed", failure=failure, reason=said if code is None else f"exit code {code}", node=node, **about)  # type: ignore[arg-type]
-
-
-def _queue() -> dict[str, tuple[str, str, str]]:
-    """(state, reason, node) of every job of this user that waits or runs, by job or task id; empty where there is no scheduler."""
-    code, said = ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r|%N")
-    found = {}
-    for line in said.splitlines() if code == 0 else ():
-        parts = line.strip().split("|")
-        if len(parts) == 4:
-            found[parts[0]] = (parts[1], "" if parts[2] == "None" else parts[2], parts[3])
-    return found
-
-
-def _remembered(name: str, node: str) -> tuple[str, str]:
-    """State and node of a job that has ended, from accounting, else from the controller's own short memory."""
-    code, said = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={name}", "--format=State,NodeList")
-    line = said.strip().splitlines()[0] if code == 0 and "|" in said else ""
-    if line:
-        state, _, where = line.partition("|")
-        return state.split()[0].upper(), node or where
-    code, said = ask("scontrol", "--oneliner", "show", "job", name)
-    found = dict(part.split("=", 1) for part in said.split() if "=" in part) if code == 0 else {}
-    return found.get("JobState", "").upper(), node or found.get("NodeList", "").replace("(null)", "")
-
-
-def _exit_of(path: Path, node: str) -> tuple[int | None, str]:
-    try:
-        code, _, where = path.read_text(encoding="utf-8").strip().partition(" ")
-        return int(code), where or node
-    except (OSError, ValueError):
-        return None, node
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
-            return stream.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def megabytes(text: str) -> int:

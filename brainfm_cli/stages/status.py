@@ -14,7 +14,8 @@ from rich.table import Table
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError
 from brainfm_cli.programs.slurm import FOLDER as SLURM_FOLDER
-from brainfm_cli.programs.slurm import read_submissions, tasks_of
+from brainfm_cli.programs.slurm import read_submissions
+from brainfm_cli.programs.slurm_tasks import tasks_of
 from brainfm_cli.provenance import (
     RECORDS_FOLDER,
     FileStamp,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from brainfm_cli.programs.slurm import Task
+    from brainfm_cli.programs.slurm_tasks import Task
 
 _STYLE = {"pending": "yellow", "running": "yellow", "current": "green", "stale": "yellow", "interrupted": "yellow", "failed": "red"}
 

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from brainfm_cli.atlases.catalogue import DEFAULT_ATLASES, find_atlas
 from brainfm_cli.bids.inputs import choose_participants
 from brainfm_cli.bids.names import strip_prefix
+from brainfm_cli.config import read_value
 from brainfm_cli.errors import EXIT_OK, InputNotFoundError, UsageError
+from brainfm_cli.programs.commands import ask
+from brainfm_cli.programs.estimates import estimate_participants
 from brainfm_cli.programs.slurm import (
     FOLDER,
     LARGEST_ARRAY,
@@ -18,17 +22,21 @@ from brainfm_cli.programs.slurm import (
     Job,
     Resources,
     job_script,
+    megabytes,
     read_submissions,
+    seconds,
     submit_jobs,
-    tasks_of,
+    warning_s,
 )
+from brainfm_cli.programs.slurm_tasks import tasks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from brainfm_cli.config import Invocation
-    from brainfm_cli.programs.slurm import Submission, Task
+    from brainfm_cli.programs.slurm import Submission
+    from brainfm_cli.programs.slurm_tasks import Task
 
 BRAINFM = (sys.executable, "-m", "brainfm_cli")
 BY_PARTICIPANT = frozenset({"preprocess", "parcellate"})
@@ -77,7 +85,27 @@ def submit(call: Invocation, argv: Sequence[str], pairs: Sequence[str], *, dry_r
         jobs.append(Job(role="group", job_id="", argv=(name, *paths, "group", *options), resources=resources))
     else:
         jobs = [Job(role="single", job_id="", argv=(name, *paths, call.level, *rest[3:]), resources=resources)]
+    atlases = read_value(call.config, call.overrides, "atlases") if name == "parcellate" else None
+    regions = [find_atlas(one, call.datasets).num_regions for one in atlases or DEFAULT_ATLASES]  # refuses one that does not exist
+    if dry_run:
+        _print_estimate(call, jobs, regions)
     return _submit(call.output_dir, jobs, dry_run=dry_run)
+
+
+def _print_estimate(call: Invocation, jobs: Sequence[Job], regions: Sequence[int]) -> None:
+    """What the participants of an array need, beside what is asked for; other commands know their own needs."""
+    labels = [label for job in jobs for label in job.labels]
+    if not labels:
+        lines = [f"resources: 'brainfm {call.command} … --dry-run' says what it will need"]
+    else:
+        estimate = estimate_participants(call.command, call.input_dir, labels, regions)
+        lines = estimate.lines() if estimate else ["resources: nothing here says what they will need"]
+        asked = jobs[0].resources.options
+        if estimate and "mem" in asked and megabytes(asked["mem"]) < estimate.memory_mb:
+            lines.append(f"mem={asked['mem']} is less than that")
+        if estimate and "time" in asked and seconds(asked["time"]) < estimate.seconds:
+            lines.append(f"time={asked['time']} is less than that")
+    sys.stdout.write("".join(f"# {line}\n" for line in lines))
 
 
 def resubmit(output: Path, pairs: Sequence[str], *, dry_run: bool) -> int:
@@ -105,6 +133,12 @@ def resubmit(output: Path, pairs: Sequence[str], *, dry_run: bool) -> int:
     given = Resources.parse(pairs)
     for jobs in _once_more(submissions, again, tasks, given):
         _submit(output, jobs, dry_run=dry_run)
+        for task in _superseded(jobs, tasks):
+            if not dry_run:  # only once the new one is there
+                ask("scancel", task.job)
+            console.print(
+                f"job {task.job}: {'would be ' if dry_run else ''}cancelled, the new group job waits for everybody", highlight=False
+            )
     return EXIT_OK
 
 
@@ -129,8 +163,24 @@ def _once_more(submissions: Sequence[Submission], again: Sequence[Task], tasks: 
     for group in [task for task in tasks if task.role == "group"]:
         job = origin[group.job]
         if job.argv[0] in found or group in again:  # the group is done anew behind the participants that are
-            found[job.argv[0]].append(job.model_copy(update={"resources": _more(job.resources, group, given)}))
+            after = _still_to_end(tasks, origin, job.argv[0])
+            found[job.argv[0]].append(job.model_copy(update={"resources": _more(job.resources, group, given), "after": after}))
     return [*found.values(), *single]
+
+
+def _still_to_end(tasks: Sequence[Task], origin: Mapping[str, Job], command: str) -> tuple[str, ...]:
+    """Jobs of a command that a new group job must wait for: arrays with tasks that wait or run, and a group job that runs."""
+    mine = [task for task in tasks if task.role != "single" and origin[task.job].argv[0] == command]
+    waits = [task for task in mine if task.status == "running" or (task.status == "pending" and task.role == "participants")]
+    return tuple(dict.fromkeys(task.job.partition("_")[0] for task in waits))
+
+
+def _superseded(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[Task]:
+    """Group jobs in the queue whose place a new one takes: two would do the same work, the first of them too early."""
+    if not any(job.role == "group" for job in jobs):
+        return []
+    replaced = {job.job_id for job in jobs if job.role == "group"}  # jobs still carry the id of the one they were made from
+    return [task for task in tasks if task.role == "group" and task.status == "pending" and task.job in replaced]
 
 
 def _more(resources: Resources, task: Task, given: Resources) -> Resources:
@@ -144,11 +194,14 @@ def _name(job_id: str, number: int) -> str:
 
 def _submit(output: Path, jobs: Sequence[Job], *, dry_run: bool) -> int:
     resumes = jobs[0].argv[0] in RESUMING
+    for job in jobs if resumes else ():
+        if job.resources.requeue:
+            warning_s(job.resources)  # refused before anything is written
     console = Console()
     if dry_run:
         folder = (output / FOLDER / "WHEN").absolute()
         for number, job in enumerate(jobs, 1):
-            behind = [f"JOB{before}" for before in range(1, number)] if job.role == "group" else []
+            behind = [*job.after, *(f"JOB{before}" for before in range(1, number))] if job.role == "group" else []
             script = job_script(job, folder, number, brainfm=BRAINFM, resumes=resumes, behind=behind)
             about = (
                 f"{len(job.labels)} participants, one task each: {', '.join(job.labels[:10])}{' …' if len(job.labels) > 10 else ''}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,8 +23,10 @@ from brainfm_cli.programs.slurm import (
     read_submissions,
     seconds,
     submit_jobs,
-    tasks_of,
 )
+from brainfm_cli.programs.slurm_tasks import tasks_of
+from tests import synthetic_bids as synthetic
+from tests.bad_input_bench import make_raw
 from tests.stages.command import brainfm
 
 if TYPE_CHECKING:
@@ -190,11 +194,7 @@ def test_what_became_of_tasks(tmp_path: Path, fake: Path) -> None:
     (folder / f"task-50_{number['mem']}.out").write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n")
     (folder / f"task-50_{number['time']}.out").write_text("slurmstepd: error: *** JOB 5 ON n CANCELLED AT 2026 DUE TO TIME LIMIT ***\n")
     program(fake, "squeue", f"echo '50_{number['wait']}|PENDING|Resources|'; echo '50_{number['run']}|RUNNING|None|node3'")
-    program(
-        fake,
-        "sacct",
-        f'case "$*" in *50_{number["oom"]}*) echo "OUT_OF_MEMORY|node1";; *50_{number["node"]}*) echo "NODE_FAIL|node2";; esac',
-    )
+    program(fake, "sacct", f'echo "50_{number["oom"]}|OUT_OF_MEMORY|node1"; echo "50_{number["node"]}|NODE_FAIL|node2"')
     found = {task.unit.removeprefix("sub-"): task for task in tasks_of(out, read_submissions(out))}
     assert {label: task.status for label, task in found.items() if task.status != "failed"} == {
         "wait": "pending",
@@ -207,7 +207,7 @@ def test_what_became_of_tasks(tmp_path: Path, fake: Path) -> None:
     assert (found["wait"].reason, found["run"].node, found["data"].node, found["node"].node) == ("Resources", "node3", "node7", "node2")
 
     program(fake, "squeue", "exit 1")  # as where another user asks
-    program(fake, "sacct", f'case "$*" in *50_{number["run"]}*) echo "RUNNING|node3";; *50_{number["wait"]}*) echo "PENDING|";; esac')
+    program(fake, "sacct", f'echo "50_{number["run"]}|RUNNING|node3"; echo "50_[{number["wait"]},77-99%5]|PENDING|"')
     seen = {task.unit.removeprefix("sub-"): task.status for task in tasks_of(out, read_submissions(out))}
     assert (seen["run"], seen["wait"]) == ("running", "pending")
 
@@ -265,12 +265,12 @@ def test_wrong_calls(
 def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("01", "02", "03"):
         (tmp_path / "in" / f"sub-{label}").mkdir(parents=True)
-    options = ("--atlases", "A", "B", "--participant-label", "01", "03", "--slurm", "time=5", "throttle=2", "--dry-run")
+    options = ("--atlases", "AAL116", "Power264", "--participant-label", "01", "03", "--slurm", "time=5", "throttle=2", "--dry-run")
     assert brainfm("submit", "parcellate", tmp_path / "in", tmp_path / "out", "participant", *options) == 0
     said = capsys.readouterr().out
     assert "# 2 participants, one task each: 01, 03" in said
     assert "#SBATCH --array=1-2%2" in said
-    assert said.count("--atlases A --atlases B") == 2
+    assert said.count("--atlases AAL116 --atlases Power264") == 2
     assert "--participant-label 01" not in said
     assert "# group" in said
     assert not (tmp_path / "out").exists()
@@ -315,3 +315,126 @@ def test_status_shows_jobs_before_anything_is_done(tmp_path: Path, fake: Path, c
     assert [job["status"] for job in jobs] == ["pending", "running", "pending"]
     assert brainfm("status", tmp_path / "out") == 0
     assert "2 pending, 1 running" in capsys.readouterr().out
+
+
+def test_the_scheduler_is_asked_once_whatever_the_number_of_tasks(tmp_path: Path, fake: Path) -> None:
+    program(fake, "sbatch", "echo 50")
+    out = tmp_path / "out"
+    job = ARRAY.model_copy(update={"labels": tuple(f"{number:03d}" for number in range(200))})
+    submit_jobs(out, [job], brainfm=("brainfm",), resumes=False)
+    program(fake, "sacct", "exit 1")
+    program(fake, "squeue", "exit 0")
+    lines = "; ".join(f"echo 'JobId={90 + n} ArrayJobId=50 ArrayTaskId={n} JobState=OUT_OF_MEMORY NodeList=n{n}'" for n in range(1, 200))
+    program(fake, "scontrol", f"{lines}; echo 'JobId=50 ArrayJobId=50 ArrayTaskId=200 JobState=TIMEOUT NodeList=(null)'")
+    found = tasks_of(out, read_submissions(out))
+    assert [task.failure for task in found] == ["memory"] * 199 + ["time"]
+    assert found[6].node == "n7"
+    assert sorted(call.split()[0] for call in calls(fake)) == ["sacct", "sbatch", "scontrol", "squeue"]
+
+
+def test_a_group_job_that_waits_is_replaced_and_not_doubled(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    counter = f'n=$(cat {fake / "n"} 2>/dev/null || echo 40); n=$((n + 1)); echo $n > {fake / "n"}; echo "$n"'
+    program(fake, "sbatch", counter)
+    resources = Resources.parse(["mem=1G", "time=10"])
+    jobs = [one.model_copy(update={"resources": resources, "labels": one.labels and ("a", "b", "c")}) for one in (ARRAY, GROUP)]
+    folder = out / FOLDER / submit_jobs(out, jobs, brainfm=("brainfm",), resumes=False).name
+    (folder / "exit-41_1").write_text("137 n\n")
+    (folder / "task-41_1.out").write_text("oom-kill")
+    program(fake, "squeue", "echo '41_2|RUNNING|None|n1'; echo '41_3|PENDING|Resources|'; echo '42|PENDING|Dependency|'")
+    program(fake, "scancel", "exit 0")
+    assert brainfm("submit", "--resubmit", "failed", out, "--dry-run") == 0
+    assert "job 42: would be cancelled" in capsys.readouterr().out
+    assert not [call for call in calls(fake) if call.startswith("scancel")]
+    assert brainfm("submit", "--resubmit", "failed", out) == 0
+    (new,) = [one for one in read_submissions(out) if one.name != folder.name]
+    assert [(job.role, job.job_id, job.labels) for job in new.jobs] == [("participants", "43", ("a",)), ("group", "44", ())]
+    assert "--dependency=afterany:41:43" in (out / FOLDER / new.name / "job-2-group.sh").read_text()  # of the first array some still run
+    assert [call for call in calls(fake) if call.startswith("scancel")] == ["scancel 42"]
+    program(fake, "squeue", "echo '41_2|RUNNING|None|n1'; echo '43_1|PENDING|Resources|'; echo '44|PENDING|Dependency|'")
+    assert [task.job for task in tasks_of(out, read_submissions(out)) if task.role == "group"] == ["44"]
+
+
+@pytest.mark.parametrize(("limit", "signal"), [("5", 120), ("3", 120), ("2:30", 50), ("2", 40)])
+def test_short_limits_are_announced_later(tmp_path: Path, limit: str, signal: int) -> None:
+    job = GROUP.model_copy(update={"resources": Resources.parse([f"time={limit}"])})
+    assert f"#SBATCH --signal=B:USR1@{signal}" in job_script(job, tmp_path, 1, brainfm=("brainfm",), resumes=True)
+
+
+def test_limits_in_which_nothing_is_done_are_refused(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    line = ("submit", "pretrain", tmp_path / "in", tmp_path / "out", "group", "--system", "brain-graph", "--slurm", "time=1")
+    assert brainfm(*line) == 78
+    assert "at least two minutes" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    program(fake, "sbatch", "echo 41")
+    assert brainfm(*line, "requeue=no") == 0
+
+
+@pytest.mark.parametrize("value", ["a b", 'say "hi" to me', "it's", "50% # of", "back\\slash", '"', "plain"])
+def test_values_come_back_as_sbatch_reads_them(tmp_path: Path, value: str) -> None:
+    job = GROUP.model_copy(update={"resources": Resources.parse([f"comment={value}"])})
+    script = job_script(job, tmp_path / "100% x", 1, brainfm=("brainfm",), resumes=False)
+    (line,) = [line for line in script.splitlines() if "--comment" in line]
+    assert sbatch_reads(line.removeprefix("#SBATCH ")) == [f"--comment={value}"]
+    (line,) = [line for line in script.splitlines() if "--output" in line]
+    assert sbatch_reads(line.removeprefix("#SBATCH ")) == [f"--output={tmp_path}/100%% x/task-%j.out"]
+
+
+def sbatch_reads(line: str) -> list[str]:
+    """Words of an #SBATCH line, by the rules of SLURM's own parser (get_argument of its source): quotes, backslashes, comments."""
+    words: list[str] = []
+    word, quote, escaped = "", "", False
+    for character in line:
+        if escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = True
+        elif quote and character == quote:
+            quote = ""
+        elif not quote and character in "\"'":
+            quote = character
+        elif not quote and character == "#":
+            break
+        elif not quote and character.isspace():
+            words, word = [*words, word], ""
+        else:
+            word += character
+    return [one for one in [*words, word] if one]
+
+
+def test_two_people_who_submit_at_once_get_a_folder_each(tmp_path: Path, fake: Path) -> None:
+    program(fake, "sbatch", "echo 41")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: submit_jobs(tmp_path / "out", [ARRAY], brainfm=("brainfm",), resumes=False).name, range(16)))
+    assert len(set(made)) == 16
+    assert len(read_submissions(tmp_path / "out")) == 16
+
+
+def test_what_participants_need_is_estimated_from_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against what parcellate really leaves: files within a tenth, bytes within a factor of two."""
+    made = synthetic.write_fmriprep(tmp_path / "fmriprep", participants=("01", "02", "03"), frames=60, seed=1)
+    line = ("parcellate", made.root, tmp_path / "out", "participant", "--atlases", synthetic.ATLAS, "--datasets", f"tests={made.atlases}")
+    assert brainfm("submit", *line, "--slurm", "mem=100M", "time=0:05", "--dry-run") == 0
+    said = capsys.readouterr().out
+    found = re.search(
+        r"each of 3 participants: about (\d+) MB of memory and (\d+) s.*\n# in all: about ([\d.]+) MB of disk in (\d+) files", said
+    )
+    assert found is not None, said
+    assert "# mem=100M is less than that" in said
+    assert "# time=0:05 is less than that" in said
+    assert brainfm(*line) == 0
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and ("sub-" in path.name)]
+    assert int(found[4]) == pytest.approx(len(files), rel=0.1)
+    assert 0.5 < float(found[3]) * 1e6 / sum(path.stat().st_size for path in files) < 2
+
+
+def test_raw_participants_are_estimated_from_their_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_raw(tmp_path / "raw")
+    assert brainfm("submit", "preprocess", tmp_path / "raw", tmp_path / "out", "participant", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "each of 2 participants: about 1200 MB of memory" in said
+    assert "is less than that" not in said
+    (tmp_path / "in" / "sub-01").mkdir(parents=True)
+    assert brainfm("submit", "preprocess", tmp_path / "in", tmp_path / "out", "participant", "--dry-run") == 0
+    assert "nothing here says what they will need" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from brainfm_cli.atlases.catalogue import find_atlas
+from brainfm_cli.atlases.catalogue import DEFAULT_ATLASES, find_atlas
 from brainfm_cli.bids.codings import LabelTable
 from brainfm_cli.bids.stimuli import StimulusSettings
 from brainfm_cli.config import Settings
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from brainfm_cli.atlases.atlas import Atlas
     from brainfm_cli.bids.inputs import Source
 
-DEFAULT_ATLASES = ("Schaefer100", "AAL116")
 _OF_GROUP = ("labels", "site_column", "min_frames", "stimuli")
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from brainfm_cli.config import Invocation, Settings
 
 TABLE, SEAL = "locked_predictions.tsv", "locked_predictions.json"
+WHOLE = "lock_sha256"
+"""Hash of all other fields of the lock, that of the table among them: the one to keep elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +47,7 @@ class LockedPredictions:
     decisions: dict[str, float]
     """Participant → 1 where the positive class was decided, else 0; NaN where nothing was decided."""
     sha256: str
-    """Hash of the table."""
+    """Hash of the lock, that of the table included."""
     date: str
     """When it was locked, UTC."""
     model: str
@@ -121,8 +123,9 @@ def lock_predictions(call: Invocation, settings: Settings) -> int:
         "outcomes_known": known,
         "brainfm": brainfm_version(),
     }
+    seal[WHOLE] = digest_of(seal)  # date, model and what was known are locked as the table is
     write_json(root / SEAL, seal)  # last: its presence means that the table is whole
-    console.print(f"locked {len(found)} predictions, sha256 {sha256}", highlight=False, soft_wrap=True)
+    console.print(f"locked {len(found)} predictions, sha256 {seal[WHOLE]}", highlight=False, soft_wrap=True)
     if known:
         console.print(f"note: {known} of them already have an outcome in participants.tsv, which the lock records", highlight=False)
     return 0
@@ -145,7 +148,9 @@ def read_lock(root: Path) -> LockedPredictions:
         raise InputNotFoundError("no predictions are locked here", where=root, fix="run 'brainfm predict … group --lock' first") from error
     except (OSError, ValueError) as error:
         raise InputDatasetError(f"the lock is unreadable: {error}", where=root / SEAL, fix="use the folder that --lock wrote") from error
-    lacking = [key for key in ("date", "sha256", "positive", "model", "outcomes_known") if not isinstance(seal, dict) or key not in seal]
+    lacking = [
+        key for key in ("date", "sha256", "positive", "model", "outcomes_known", WHOLE) if not isinstance(seal, dict) or key not in seal
+    ]
     if isinstance(seal, dict) and lacking:
         raise InputDatasetError(f"the lock lacks '{lacking[0]}'", where=root / SEAL, fix="use the folder that --lock wrote")
     if not isinstance(seal, dict) or hashlib.sha256(content).hexdigest() != seal.get("sha256"):
@@ -154,13 +159,15 @@ def read_lock(root: Path) -> LockedPredictions:
             where=root / TABLE,
             fix="restore the locked table; its hash is in the file beside it",
         )
+    if digest_of({key: value for key, value in seal.items() if key != WHOLE}) != seal[WHOLE]:
+        raise InputDatasetError("the lock was changed after it was made", where=root / SEAL, fix="restore the file that --lock wrote")
     table = pd.read_csv(root / TABLE, sep="\t", dtype=str, keep_default_na=False)
     names = [str(name).removeprefix("sub-") for name in table["participant_id"]]
     decided = [np.nan if value == "n/a" or not seal["positive"] else float(value == seal["positive"]) for value in table["decided"]]
     return LockedPredictions(
         scores=dict(zip(names, table["value"].astype(float), strict=True)),
         decisions=dict(zip(names, decided, strict=True)),
-        sha256=seal["sha256"],
+        sha256=seal[WHOLE],
         date=seal["date"],
         model=seal["model"],
         outcomes_known=int(seal["outcomes_known"]),
