@@ -32,6 +32,7 @@ from torch.nn import functional
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Execution
 from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
+from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.image_split import ImageSplitSettings
 from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings
@@ -40,7 +41,7 @@ from brainfm_cli.models.causal_language import CausalLanguageModel
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, CaptionFitSettings, load_language
 from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, list_viewings, speak
-from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, prepare_person, write_captioner
+from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, prepare_person, read_split, write_captioner
 from brainfm_cli.systems.brain_caption.floors import picture_vectors
 from brainfm_cli.systems.brain_caption.pretraining import prepare, pretrain_encoder
 
@@ -64,15 +65,17 @@ class Job:
     """Person whom pretraining and alignment do not know."""
     shares: tuple[float, ...] = ()
     """Shares of that person's pictures with which they are added."""
+    through_language: bool = False
+    """Every epoch goes through the language model: there are fewer of them (``--language-epochs``)."""
 
 
 JOBS = (
     Job("full"),
     Job("no pretraining", {"pretrained": False}),
-    Job("no alignment", {"alignment": False, "contrast_epochs": 0.0}),
-    Job("pictures in place of sentences", vision=True),
-    Job("one caption per picture", {"captions_per_image": 1}),
+    Job("no alignment", {"alignment": False, "contrast_epochs": 0.0}, through_language=True),
     Job("left out 0004", left_out="0004", shares=(0.03, 0.1, 0.3, 1.0)),
+    Job("one caption per picture", {"captions_per_image": 1}),
+    Job("pictures in place of sentences", vision=True),
     *(Job(f"left out {name}", left_out=name, shares=(0.1, 1.0)) for name in PEOPLE[:3]),
 )
 
@@ -206,7 +209,8 @@ class Runner:
             encoder, self.study.cohort, people, fit, batch_size=given.batch, seed=seed, language=self.language,
             sentences=self.study.sentences, pictures=self.study.pictures if job.vision else None,  # type: ignore[arg-type]
         )  # fmt: skip
-        result = fit_captioner(prepared, self._schedule(given.epochs, given.rate).plan(seed), self.execution, folder, new_people=False)
+        epochs = given.language_epochs if job.through_language else given.epochs
+        result = fit_captioner(prepared, self._schedule(epochs, given.rate).plan(seed), self.execution, folder, new_people=False)
         write_captioner(prepared, result, encoder, folder, seed)
         return folder, prepared.captioner
 
@@ -217,19 +221,18 @@ class Runner:
             model, self.study.cohort, [person], share=share, batch_size=given.batch, seed=seed,
             sentences=self.study.sentences, language_model=given.llm,  # type: ignore[arg-type]
         )  # fmt: skip
-        epochs = max(given.epochs, round(given.tune_epochs / share**0.5))
+        epochs = round(given.tune_epochs / share**0.5)
         plan = self._schedule(epochs, given.tune_rate).plan(seed)
         fit_captioner(prepared, plan, self.execution, model.with_name(f"{model.name}-{person}-{share:g}"), new_people=True)
         return prepared.captioner
 
     def _schedule(self, epochs: int, rate: float) -> ScheduleSettings:
-        return ScheduleSettings(epochs=epochs, batch_size=self.arguments.batch, patience=self.arguments.patience, optimiser=OptimiserSettings(learning_rate=rate, warmup_epochs=0.5))  # fmt: skip
+        return ScheduleSettings(epochs=epochs, batch_size=self.arguments.batch, patience=self.arguments.patience, optimiser=OptimiserSettings(learning_rate=rate, warmup_epochs=0.5, final_fraction=0.2))  # fmt: skip
 
     def say(self, captioner: AlignedCaptioner, people: Sequence[str], average: Average, altered: Alteration) -> dict[str, list[Any]]:
         """(picture, caption, rank of the own picture among the test pictures) of every viewing of test pictures, by participant."""
-        from brainfm_cli.systems.brain_caption.fitting import read_split
-
         cohort, found = self.study.cohort, {}
+        captioner.model.to(choose_device(self.arguments.device))  # training leaves it on the CPU
         split = read_split(next((self.runs / "models").glob("encoder-*")), cohort)
         for trials in select_trials(cohort, split, people, "test"):
             pictures = [one.name for one in list_viewings(trials, "repeats")]
@@ -282,6 +285,14 @@ class Runner:
     @property
     def _device(self) -> str:
         return torch.cuda.get_device_name() if self.arguments.device == "cuda" else "cpu"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table of all jobs, and of the full model beside its floors and ceilings."""
+    from viewing_report import Report
+
+    rows = [json.loads(line) for line in arguments.said.read_text(encoding="utf-8").splitlines()]
+    print(json.dumps(Report(Study(arguments.study), SPLIT, rows).tables(), indent=1))
 
 
 def run_jobs(arguments: argparse.Namespace) -> None:
@@ -337,6 +348,7 @@ def main() -> None:
     second.add_argument("--pretrain-rate", type=float, default=1e-3)
     second.add_argument("--fit", default="{}", help="settings of the alignment, as JSON")
     second.add_argument("--epochs", type=int, default=30)
+    second.add_argument("--language-epochs", type=int, default=12, help="of the job without contrast, all through the language model")
     second.add_argument("--batch", type=int, default=64)
     second.add_argument("--rate", type=float, default=1e-3)
     second.add_argument("--patience", type=int)
@@ -349,7 +361,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step == "run":
         arguments.precision = {"fp32": "32-true", "bf16": "bf16-mixed"}.get(arguments.precision, arguments.precision)
-    {"prepare": prepare_study, "run": run_jobs}[arguments.step](arguments)
+    {"prepare": prepare_study, "run": run_jobs, "report": report}[arguments.step](arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The Brain Q-Former and what joins it to a frozen language model and to sentence or image vectors (after BLIP-2, Li et al. 2023).
 
 Learned queries attend to one another, and in every second layer to the brain's tokens. Each query becomes one vector in front of
-the language model, of the length that token vectors have; the mean query is contrasted with what was said or seen.
+the language model, of the length that token vectors have; the mean query is contrasted with what was said or seen. Attention begins by
+averaging over all tokens, in which the encoder's summary of a whole brain is one of many: by default every query therefore starts from a
+linear map of the summary, added to what it has learnt.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class QFormerShape:
     """Attention heads."""
     dropout: float = 0.0
     """Share of activations dropped in training."""
+    from_summary: bool = True
+    """Whether queries start from the encoder's summary; BLIP-2's start the same for every input."""
 
 
 class CrossAttention(nn.Module):
@@ -59,6 +63,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.shape = shape
         self.queries = nn.Parameter(nn.init.normal_(torch.empty(shape.num_queries, shape.width), std=0.02))
+        self.start = nn.Linear(token_width, shape.num_queries * shape.width) if shape.from_summary else None
         self.cross = nn.ModuleDict(
             {
                 str(layer): CrossAttention(shape.width, token_width, shape.num_heads, shape.dropout)
@@ -71,8 +76,10 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(shape.width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, queries, width) normalised queries from (batch, tokens, token width)."""
+        """(batch, queries, width) normalised queries from (batch, tokens, token width), the first token being the summary."""
         queries = self.queries.expand(len(tokens), -1, -1)
+        if self.start is not None:
+            queries = queries + self.start(tokens[:, 0]).unflatten(1, self.queries.shape)
         for number, layer in enumerate(self.layers):
             if str(number) in self.cross:
                 queries = self.cross[str(number)](queries, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -17,9 +19,23 @@ def test_every_second_layer_looks_at_the_brain() -> None:
     tokens = torch.randn(2, 7, 24)
     found = former(tokens)
     assert found.shape == (2, 4, 16)
-    order = torch.randperm(7)  # tokens carry their place themselves
+    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(6)])  # tokens carry their place themselves; the first is the summary
     torch.testing.assert_close(former(tokens[:, order]), found, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(former(tokens + 1.5 * torch.randn(2, 7, 24)), found, atol=1e-3)
+
+
+def test_queries_start_from_the_summary_unless_published() -> None:
+    for from_summary in (True, False):
+        former = QFormer(replace(TINY, from_summary=from_summary), 24)
+        for cross in former.cross.values():  # nothing can come by attention
+            torch.nn.init.zeros_(cross.merge.weight)
+        tokens = torch.randn(2, 7, 24)
+        other_summary, other_tokens = tokens.clone(), tokens.clone()
+        other_summary[:, 0] += torch.randn(2, 24)
+        other_tokens[:, 1:] += torch.randn(2, 6, 24)
+        found = former(tokens)
+        assert torch.allclose(former(other_summary), found) != from_summary
+        assert torch.allclose(former(other_tokens), found)
 
 
 def test_prefixes_are_as_long_as_token_vectors() -> None:

@@ -47,13 +47,15 @@ class QFormerSettings(Frozen):
     """Attention heads; must divide the width."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations dropped in training."""
+    from_summary: bool = True
+    """Whether each query starts from a linear map of the encoder's summary, beside what it has learnt; off is the published design."""
 
     def shape(self, preset: str) -> QFormerShape:
         """The preset's sizes with the overrides."""
         sizes = {
             name: getattr(self, name) or getattr(Q_FORMERS[preset], name) for name in ("num_queries", "width", "num_layers", "num_heads")
         }
-        return QFormerShape(**sizes, dropout=self.dropout)
+        return QFormerShape(**sizes, dropout=self.dropout, from_summary=self.from_summary)
 
 
 class CaptionFitSettings(Frozen):
