@@ -23,7 +23,7 @@ from pydantic_core import PydanticUndefined
 
 import brainfm_cli.stages
 from brainfm_cli.bids.cohort import INDEX_COLUMNS
-from brainfm_cli.bids.names import OUTPUTS, format_name
+from brainfm_cli.bids.names import FILES, OUTPUTS, format_name
 from brainfm_cli.cli import app
 from brainfm_cli.config import Execution, Settings
 from brainfm_cli.errors import EXIT_CODES
@@ -127,6 +127,8 @@ def outputs_page() -> str:
             entities |= {"atlas": "Schaefer2018", "seg": "7n", "scale": "100"}
         name = format_name(entities | dict(output.entities), output.suffix, output.extension)
         parts.append(f"| {kind} | `{output.folder + '/' if output.folder else ''}{name}` | {output.meaning} |\n")
+    parts.append("\n## Files of the folder\n\n| file | meaning |\n|---|---|\n")
+    parts += [f"| `{name}` | {meaning} |\n" for name, meaning in FILES.items()]
     parts.append("\n## cohort/index.parquet\n\n| column | meaning |\n|---|---|\n")
     parts += [f"| `{column}` | {meaning} |\n" for column, meaning in INDEX_COLUMNS.items()]
     return "".join(parts)

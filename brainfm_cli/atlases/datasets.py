@@ -74,6 +74,8 @@ def read_region_table(path: Path) -> tuple[RegionTable, tuple[int, ...]]:
         values = tuple(int(row["index"]) for row in rows)
     except (TypeError, ValueError) as error:
         raise InputDatasetError(f"the region table has an index that is no integer: {error}", where=path, fix="mend the table") from error
+    if not rows:
+        raise InputDatasetError("the region table has no region beside the background", where=path, fix="add a row per region")
     names = tuple(_strip(row["name"] or "") for row in rows)
     for what, column in (("index", values), ("name", names)):
         repeated = sorted({str(value) for value in column if column.count(value) > 1})  # type: ignore[attr-defined]

@@ -54,9 +54,35 @@ OUTPUTS: dict[str, OutputName] = {
     "trial_mask": OutputName("mask", ".nii.gz", "func", "voxels whose single-trial responses are used"),
     "caption": OutputName("caption", ".json", "", "what a model says that a participant saw", (("desc", "brainfm"),)),
     "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
+    "survival": OutputName("survival", ".tsv", "", "what a model says of one participant's risk over time", (("desc", "brainfm"),)),
     "lesions": OutputName("dseg", ".nii.gz", "anat", "lesions that a model sees, in the grid of the scan", (("seg", "brainfm"),)),
     "embedding": OutputName("embedding", ".tsv", "func", "what a model's encoder makes of one run", (("desc", "brainfm"),)),
 }  # fmt: skip
+
+FILES: dict[str, str] = {
+    "dataset_description.json": "BIDS description; GeneratedBy holds the hash of the settings and of the input",
+    "config.yaml": "the settings with which the folder was made",
+    "logs/CITATION.md": "how it was made, and what to cite",
+    "logs/records/<unit>.json": "completion record of a unit: inputs, outputs, versions, seconds, memory, or how it failed",
+    "logs/slurm/<time>/": "a submission to SLURM: scripts, logs and exit codes (docs/cluster.md)",
+    "group_qc.tsv": "preprocess group: quality of every run",
+    "cohort/": "parcellate group: the packed cohort",
+    "models/<id>/": "pretrain, align, prompt-tune: a model, rebuilt from this folder alone",
+    "split.tsv": "who is learnt from and who is tested, written before anything is learnt",
+    "metrics.json": "predict group: every score beside its floors, with intervals",
+    "predictions.tsv": "predict group: what each predictor says of each person, and in which fold",
+    "phenotype/": "predictions as BIDS phenotype tables",
+    "interaction.json": "predict group: whether a score predicts the effect of a treatment",
+    "few-shot/<people>/": "predict group: the same after learning from few people",
+    "explanation/": "predict group: what predictions rest on",
+    "zero_shot.json": "predict by text: disorders that nobody was labelled with",
+    "locked_predictions.tsv": "predict group --lock: predictions as they were locked, before outcomes were known",
+    "locked_predictions.json": "date, model and hashes of that lock; lock_sha256 covers the table and everything else here (docs/reader_study.md)",
+    "reader_study.json": "predict group --reader-study: doctors with and without the model, with intervals and p values (docs/reader_study.md)",
+    "captions.tsv": "caption group: what was said beside what people said",
+    "report.html": "the same for people",
+}
+"""Files of an output folder that are no images or tables of one participant."""
 
 BIDSIGNORE = """\
 *.html
@@ -74,6 +100,7 @@ provenance.json
 *_embedding.*
 *_caption.*
 *_prediction.*
+*_survival.*
 *_statmap.*
 *_trials.*
 *_captions.*

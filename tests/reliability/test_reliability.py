@@ -1,0 +1,240 @@
+"""Nothing is lost and nothing is wrong: many at once, killed at any moment, on full or read-only disks, with clocks that differ.
+
+Figures of the long runs stand in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests import synthetic_bids as synthetic
+from tests.bad_input_bench import Bench
+from tests.reliability.crowd import Line, killed_after, records, together, tree
+from tests.stages.command import brainfm, only
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.long
+EIGHT = tuple(f"{number:02d}" for number in range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Synthetic:
+    """Eight people as fMRIPrep leaves them, in a folder that nobody may write to."""
+    made = synthetic.write_fmriprep(tmp_path_factory.mktemp("eight") / "fmriprep", participants=EIGHT, frames=60, seed=4)
+    for path in (made.root, *made.root.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    return made
+
+
+def parcellate(made: synthetic.Synthetic, out: Path, *options: object, level: str = "participant") -> Line:
+    return ("parcellate", made.root, out, level, "--atlases", synthetic.ATLAS, "--datasets", f"tests={made.atlases}", *options)
+
+
+def test_eight_at_once_are_byte_identical_to_one_after_another(eight: synthetic.Synthetic, tmp_path: Path) -> None:
+    for label in EIGHT:
+        assert brainfm(*parcellate(eight, tmp_path / "serial", "--participant-label", label)) == 0
+    expected = tree(tmp_path / "serial")
+    for repeat in range(20):
+        out = tmp_path / f"together-{repeat}"
+        assert together([parcellate(eight, out, "--participant-label", label) for label in EIGHT]) == [0] * 8
+        assert tree(out) == expected
+        assert records(out) == records(tmp_path / "serial")
+        shutil.rmtree(out)
+
+
+def commands(bench: Bench, place: Path) -> dict[str, Line]:
+    """A line of every command that writes, without its output."""
+    made = bench.healthy("fmriprep")
+    series, model, tuned = (bench.healthy(name) for name in ("series", "model", "tuned"))
+    disorders = place / "d.tsv"
+    disorders.write_text(
+        "name\tabbreviation\tdescription\nArvel\tARV\tweaker coupling between the visual network and the default mode network\n"
+    )
+    done = place / "parcellated"
+    atlas = ("--atlases", synthetic.ATLAS, "--datasets", f"tests={made / 'atlases'}")
+    assert brainfm("parcellate", made / "data", done, "participant", *atlas) == 0
+    cpu = ("--device", "cpu")
+    split = "where.split=[holdout]"
+    quick = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=50", "evaluation.permutations=49", "evaluation.inner_folds=2")
+    return {
+        "simulate": ("simulate", None, "--participants", 3, "--seed", 1, "--atlases", "Schaefer100", "--set", "frames=40"),
+        "parcellate participant": ("parcellate", made / "data", None, "participant", *atlas),
+        "parcellate group": ("parcellate", made / "data", done, "group", *atlas),
+        "pretrain": ("pretrain", series, None, "group", "--system", "brain-graph", *cpu, "--set", "system.preset=tiny", "epochs=3", "batch_size=8", "checkpoint_every=1"),
+        "align": ("align", series, None, "group", "--model", model, "--target", "diagnosis", *cpu, "--set", f"disorders={disorders}"),
+        "prompt-tune": ("prompt-tune", series, None, "group", "--model", model, "--target", "diagnosis_binary", *cpu, "--set", "tuning.epochs=2", "tuning.inner_folds=2"),
+        "predict participant": ("predict", series, None, "participant", "--model", tuned, *cpu, "--set", split),
+        "predict group": ("predict", series, None, "group", "--model", tuned, *cpu, "--set", split, *quick),
+    }  # fmt: skip
+
+
+def into(line: Line, out: Path) -> Line:
+    return tuple(out if word is None else word for word in line)
+
+
+def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path) -> None:
+    """Killed with all it started at a random moment, started again and again; the end equals that of an undisturbed run."""
+    import time
+
+    generator = np.random.default_rng(50)
+    lines = commands(bench, tmp_path)
+    kills = dict.fromkeys(lines, 0)
+    for name, line in lines.items():
+        in_place = name == "parcellate group"  # writes into the output of its participants
+        calm = tmp_path / f"calm-{name}"
+        if in_place:
+            shutil.copytree(tmp_path / "parcellated", calm)
+            line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
+        clock = time.monotonic()
+        assert together([into(line, calm)]) == [0], name
+        seconds = time.monotonic() - clock
+        for attempt in range(20):
+            if kills[name] == 7 or sum(kills.values()) == 50:
+                break
+            out = tmp_path / f"killed-{name}-{attempt}"
+            if in_place:
+                shutil.copytree(tmp_path / "parcellated", out)
+            while kills[name] < 7 and killed_after(into(line, out), float(generator.uniform(0.02, 1.1) * seconds)):
+                kills[name] += 1
+                if generator.random() < 0.5:
+                    break
+            assert together([into(line, out)]) == [0], name
+            assert tree(out) == tree(calm), name
+            assert records(out) == records(calm), name
+            shutil.rmtree(out)
+    print(kills)
+    assert sum(kills.values()) >= 50, kills
+
+
+@pytest.mark.parametrize(
+    "name", ["simulate", "parcellate participant", "parcellate group", "prompt-tune", "predict participant", "predict group", "pretrain"]
+)
+def test_two_people_start_the_same_command_in_the_same_folder(bench: Bench, tmp_path: Path, name: str) -> None:
+    line = commands(bench, tmp_path)[name]
+    if name == "parcellate group":
+        shutil.copytree(tmp_path / "parcellated", tmp_path / "calm")
+        shutil.copytree(tmp_path / "parcellated", tmp_path / "both")
+        line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
+    assert brainfm(*into(line, tmp_path / "calm")) == 0
+    codes = together([into(line, tmp_path / "both")] * 2)
+    assert 0 in codes, codes
+    assert brainfm(*into(line, tmp_path / "both")) == 0  # whoever was in the other's way is done by the same command
+    assert tree(tmp_path / "both") == tree(tmp_path / "calm")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An own file system in memory that can be resized; the test is skipped where none may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
+
+
+FULL = "disk, quota or inodes full"
+
+
+@pytest.mark.parametrize("limit", ["size=200k,nr_inodes=10000", "size=50m,nr_inodes=40"], ids=["bytes", "inodes"])
+def test_a_full_disk(eight: synthetic.Synthetic, tmp_path: Path, small_disk: Path, limit: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    remount(small_disk, limit)
+    assert brainfm(*parcellate(eight, tmp_path / "calm")) == 0
+    assert brainfm(*parcellate(eight, small_disk / "out")) in {3, 75}  # 3: some were done before it was full
+    said = capfd.readouterr()
+    assert FULL in " ".join((said.err + caplog.text).split())
+    assert "Traceback" not in said.err + said.out + caplog.text
+    assert not list(small_disk.rglob("*.part"))
+    remount(small_disk, "size=50m,nr_inodes=10000")
+    assert brainfm(*parcellate(eight, small_disk / "out")) == 0
+    assert tree(small_disk / "out") == tree(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("limit", ["size=200k,nr_inodes=10000", "size=50m,nr_inodes=12"], ids=["bytes", "inodes"])
+def test_a_full_disk_while_training(bench: Bench, tmp_path: Path, small_disk: Path, limit: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    line = commands(bench, tmp_path)["pretrain"]
+    remount(small_disk, limit)
+    assert brainfm(*into(line, tmp_path / "calm")) == 0
+    assert brainfm(*into(line, small_disk / "out")) == 75
+    said = capfd.readouterr()
+    assert FULL in " ".join((said.err + caplog.text).split())
+    assert "Traceback" not in said.err + said.out + caplog.text
+    remount(small_disk, "size=50m,nr_inodes=10000")
+    assert brainfm(*into(line, small_disk / "out")) == 0
+    assert tree(small_disk / "out") == tree(tmp_path / "calm")
+
+
+def test_an_output_that_may_not_be_written(eight: synthetic.Synthetic, small_disk: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    remount(small_disk, "size=50m,ro")
+    assert brainfm(*parcellate(eight, small_disk / "out")) == 73
+    assert "cannot be written" in " ".join(capfd.readouterr().err.split())
+    remount(small_disk, "size=50m,rw")
+    assert brainfm(*parcellate(eight, small_disk / "out", "--participant-label", "01")) == 0
+    before = tree(small_disk / "out")
+    remount(small_disk, "size=50m,ro")  # half-way
+    assert brainfm(*parcellate(eight, small_disk / "out")) in {3, 73}
+    said = capfd.readouterr()
+    assert "no permission to write" in " ".join((said.err + caplog.text).split())
+    assert "Traceback" not in said.err + said.out + caplog.text
+    assert tree(small_disk / "out") == before
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_clocks_that_differ(bench: Bench, tmp_path: Path, days: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Times of files may lie in the past or the future of ours: what is current stays so, what was touched is done again to the same bytes."""
+    case = shutil.copytree(bench.healthy("fmriprep"), tmp_path / "case")
+    line = (
+        "parcellate",
+        case / "data",
+        tmp_path / "out",
+        "participant",
+        "--atlases",
+        synthetic.ATLAS,
+        "--datasets",
+        f"tests={case / 'atlases'}",
+    )
+
+    def move(root: Path) -> None:
+        for path in [path for path in root.rglob("*") if path.is_file()]:
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 86400 * days))
+
+    move(case)
+    assert brainfm(*line) == 0
+    before = tree(tmp_path / "out")
+    move(tmp_path / "out")
+    caplog.clear()
+    assert brainfm(*line) == 0
+    assert "2 of 2 units are current and skipped" in caplog.text
+    move(case)
+    caplog.clear()
+    assert brainfm(*line) == 0
+    assert "current and skipped" not in caplog.text
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_folder_of_models_has_one_model(bench: Bench, tmp_path: Path) -> None:
+    """Three people tune the same model at the same moment: one model, whole."""
+    line = commands(bench, tmp_path)["prompt-tune"]
+    codes = together([into(line, tmp_path / "out")] * 3)
+    assert 0 in codes
+    assert brainfm(*into(line, tmp_path / "out")) == 0
+    assert (only(tmp_path / "out" / "models") / "head.safetensors").is_file()
