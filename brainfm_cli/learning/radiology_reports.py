@@ -373,8 +373,16 @@ def _say(group: str, name: str, language: Language) -> str:
 
 def _place(name: str) -> str:
     """The lexicon's name of a region, whatever an atlas calls it; the name itself where the lexicon has none."""
-    found = [one.name for one in _matches(name) if one.kind == "place"]
+    found = [one.name for one in _matches(name.replace("_", " ")) if one.kind == "place"]
     return found[0] if found else name
+
+
+def _by_place(facts: LesionFacts) -> list[tuple[str, float]]:
+    """Shares of the places of the lexicon (and of regions that it does not hold), largest first."""
+    shares: dict[str, float] = {}
+    for name, share in facts.regions:
+        shares[_place(name)] = shares.get(_place(name), 0.0) + share
+    return sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def _spoken(name: str, language: Language) -> str:
