@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.learning.image_split import ImageSplitSettings
@@ -15,6 +16,7 @@ from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import TrialBatch, TrialBatches, select_trials
 from brainfm_cli.models.causal_language import CausalLanguageModel, load_language_model
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
+from brainfm_cli.simulation.viewing import draw_stimuli
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_caption.aligned import (
     AlignedCaptioner,
@@ -24,7 +26,7 @@ from brainfm_cli.systems.brain_caption.aligned import (
     build_captioner,
     sentence_targets,
 )
-from brainfm_cli.systems.brain_caption.decoding import alter, list_viewings, scaled_responses, speak
+from brainfm_cli.systems.brain_caption.decoding import Alteration, alter, list_viewings, scaled_responses, speak
 from brainfm_cli.systems.brain_caption.encoder import PRESETS
 from brainfm_cli.systems.brain_caption.floors import CaptionBank, fit_ridge
 from brainfm_cli.systems.brain_caption.pretraining import PreparedEncoder, evaluate_encoder, fit_scale, prepare
@@ -167,9 +169,48 @@ def test_one_batch_can_be_learnt_by_heart(prepared: PreparedEncoder, language: C
     said, _ = made.say(batch.participant, made.model.scale(batch.participant, batch.responses), max_tokens=24)
     right = [text.replace(" .", ".") == caption for text, caption in zip(said.texts, batch.captions, strict=True)]
     assert np.mean(right) >= 0.5
-    # without the brain there is one sentence for all
+    # without the brain there is one sentence for all, which is right at most once; with voxels exchanged it is no better
     silent, _ = made.say(batch.participant, torch.zeros_like(batch.responses), max_tokens=24)
     assert len(set(silent.texts)) == 1
+    exchanged = alter(made.model.scale(batch.participant, batch.responses), "shuffled", 0)
+    wrong, _ = made.say(batch.participant, exchanged, max_tokens=24)
+    assert np.mean([text.replace(" .", ".") == caption for text, caption in zip(wrong.texts, batch.captions, strict=True)]) <= 1 / 6
+
+
+def test_pictures_never_seen_are_told_apart_and_by_chance_without_the_brain(
+    tmp_path: Path, language: CausalLanguageModel, sentences: TextEncoder
+) -> None:
+    settings = SETTINGS.model_copy(update={"images": 160, "shared": 30})
+    cohort = write_cohort(tmp_path, settings=settings)
+    found = prepare(NANO, PretrainingSettings(batch_size=64), ImageSplitSettings(shared=True), cohort, ["01", "02"])
+    fit_scale(found.system.model.scale, cohort, found.source.trials)
+    made = captioner(found, language, sentences, pretrained=False, contrast_epochs=999.0)
+    scenes = {one.name: one.features for index in (1, 2) for one in draw_stimuli(settings, seed=1, index=index)}
+    made.targets = {name: functional.normalize(torch.from_numpy(features), dim=0) for name, features in scenes.items()}
+    made.by_image = True
+    made.model.bridge.to_contrast = torch.nn.Linear(48, len(next(iter(made.targets.values()))))
+    optimiser = torch.optim.AdamW(made.module.parameters(), lr=3e-3, weight_decay=0.05)
+    made.model.train()
+    for epoch in range(20):
+        batches = found.source.training(epoch, rank=0, world_size=1)
+        for place in range(len(batches)):  # type: ignore[arg-type]
+            optimiser.zero_grad()
+            made.losses(batches[place], epoch=float(epoch))["contrast"].backward()
+            optimiser.step()
+    made.model.eval()
+    first: dict[Alteration, list[bool]] = {"none": [], "zeroed": [], "shuffled": []}
+    for trials in select_trials(cohort, found.split, ["01", "02"], "test"):
+        viewings = list_viewings(trials, "repeats")
+        wanted = torch.stack([made.targets[one.name] for one in viewings])
+        scaled = scaled_responses(made.model.scale, cohort, viewings)
+        for altered, right in first.items():
+            with torch.no_grad():
+                _, vectors = made.model.read(trials.participant, alter(scaled, altered, 0))
+            right += ((vectors @ wanted.T).argmax(dim=1) == torch.arange(len(viewings))).tolist()
+    assert len(first["none"]) == 60
+    assert np.mean(first["none"]) > 0.3  # chance 1/30; about 0.47 from 260 training trials
+    assert np.mean(first["zeroed"]) == pytest.approx(1 / 30)  # the same picture for everybody
+    assert np.mean(first["shuffled"]) < 0.15
 
 
 def test_words_are_read_off_the_prefix(language: CausalLanguageModel) -> None:
