@@ -160,7 +160,7 @@ def write_report(facts: LesionFacts, *, language: Language = "en", disease: str 
         signals = "".join(f" It is {signal} on {name}." for name, signal in facts.signals)
         number = f" in {parts} parts" if parts > 1 else ""
         return Report(
-            findings=f"There is a {kind}{where}{number}. It measures up to {longest:.0f} mm, with a volume of {volume:.2f} mL.{signals}",
+            findings=f"There is {_article(kind)} {kind}{where}{number}. It measures up to {longest:.0f} mm, with a volume of {volume:.2f} mL.{signals}",
             impression=f"{kind[0].upper()}{kind[1:]}{where}, {volume:.2f} mL.",
         )
     side = {"left": "左侧", "right": "右侧", "both": "双侧", None: ""}[facts.side]
@@ -388,6 +388,10 @@ def _by_place(facts: LesionFacts) -> list[tuple[str, float]]:
 def _spoken(name: str, language: Language) -> str:
     place = _place(name)
     return _say("places", place, language) if place in _terms()["places"] else name
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def _listed(names: Sequence[str], last: str) -> str:

@@ -21,6 +21,7 @@ from brainfm_cli.config import Settings
 from brainfm_cli.signals.transforms import itk_text
 from brainfm_cli.simulation.anatomy import TEMPLATE
 from brainfm_cli.simulation.fmriprep import brain_mask, simulate_run, volumes
+from brainfm_cli.simulation.mri import MriSettings
 from brainfm_cli.simulation.population import CONTROL, DISORDER_NAMES, PopulationSettings
 from brainfm_cli.simulation.raw import RawSettings, bold_frames, draw_head
 from brainfm_cli.simulation.rest import build_rest, simulate_series
@@ -69,10 +70,11 @@ _COLUMNS = {
 class SimulateSettings(Settings):
     """Settings of ``brainfm simulate``."""
 
-    kind: Literal["rest", "drug", "viewing"] = "rest"
+    kind: Literal["rest", "drug", "viewing", "mri"] = "rest"
     """What is simulated: rest (resting-state fMRI of people with and without disorders), drug (patients of a trial, whose
-    response to treatment is planted in connectivity and in dynamics, and drug-free people; written as series), or viewing (people
-    who see captioned pictures, written as single-trial maps)."""
+    response to treatment is planted in connectivity and in dynamics, and drug-free people; written as series), viewing (people
+    who see captioned pictures, written as single-trial maps), or mri (patients of several centres with lesions, grades, survival and
+    reports, written as raw structural scans)."""
     level: Literal["raw", "bold", "series"] = "bold"
     """raw writes T1w and BOLD as scanned, bold fMRIPrep-named voxel images, series a packed cohort of denoised region series."""
     participants: int = Field(default=20, ge=1)
@@ -103,6 +105,8 @@ class SimulateSettings(Settings):
     """The trial of kind drug: arms, sites, effects, drug-free people."""
     viewing: ViewingSettings = ViewingSettings()
     """Pictures and responses of kind viewing."""
+    mri: MriSettings = MriSettings()
+    """Centres, sequences, diseases and outcomes of kind mri."""
 
     @field_validator("participants")
     @classmethod
@@ -117,6 +121,8 @@ class SimulateSettings(Settings):
             raise ValueError("kind drug is written as region series only: add --level series")
         if self.kind == "viewing" and self.level != "bold":
             raise ValueError("kind viewing is written as single-trial maps: leave --level out")
+        if self.kind == "mri" and self.level != "bold":
+            raise ValueError("kind mri is written as structural scans: leave --level out")
         return self
 
     @model_validator(mode="after")
@@ -135,7 +141,7 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
     if call.dry_run:
         _print_plan(call.output_dir, settings)
         return 0
-    kind = "raw" if settings.level == "raw" else "derivative"
+    kind = "raw" if settings.level == "raw" or settings.kind == "mri" else "derivative"
     dataset = OutputDataset.open(call.output_dir, command="simulate", settings=settings, dataset_type=kind)
     if settings.level == "series":  # the validator wants a folder for each person of participants.tsv, and there is none
         write_once(dataset.root / ".bidsignore", f"{BIDSIGNORE}participants.tsv\nparticipants.json\nlatents.tsv\n")
@@ -144,19 +150,15 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
 
 
 def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
-    if settings.kind == "viewing":
+    if settings.kind in {"viewing", "mri"}:
+        person, group = (write_viewing_person, write_viewing_group) if settings.kind == "viewing" else (write_mri_person, write_mri_group)
         labels = {index: _label(settings, index) for index in _indices(settings)}
         return [
             *(
-                Unit(
-                    name=f"sub-{label}",
-                    inputs=(),
-                    work=write_viewing_person,
-                    arguments={"root": root, "settings": settings, "index": index},
-                )
+                Unit(name=f"sub-{label}", inputs=(), work=person, arguments={"root": root, "settings": settings, "index": index})
                 for index, label in labels.items()
             ),
-            Unit(name="group", inputs=(), work=write_viewing_group, arguments={"root": root, "settings": settings}),
+            Unit(name="group", inputs=(), work=group, arguments={"root": root, "settings": settings}),
         ]
     common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
     if settings.level == "series":
@@ -270,6 +272,25 @@ def write_viewing_group(root: Path, settings: SimulateSettings) -> UnitResult:
 
     labels = {index: _label(settings, index) for index in _indices(settings)}
     written = write_stimuli_and_truth(root, settings.viewing, labels=labels, seed=settings.seed, effect=settings.effect)
+    return UnitResult(outputs=tuple(written), seed=settings.seed)
+
+
+def write_mri_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
+    """Write one patient's scans and lesion mask."""
+    from brainfm_cli.simulation.mri_files import write_patient
+
+    written = write_patient(
+        root, settings.mri, label=_label(settings, index), seed=settings.seed, index=index, effect=settings.effect
+    )  # fmt: skip
+    return UnitResult(outputs=tuple(written), seed=settings.seed)
+
+
+def write_mri_group(root: Path, settings: SimulateSettings) -> UnitResult:
+    """Write participants, reports and truth of all patients."""
+    from brainfm_cli.simulation.mri_files import write_tables
+
+    labels = {index: _label(settings, index) for index in _indices(settings)}
+    written = write_tables(root, settings.mri, labels=labels, seed=settings.seed, effect=settings.effect)
     return UnitResult(outputs=tuple(written), seed=settings.seed)
 
 
