@@ -100,6 +100,7 @@ def territories(folder: Path) -> pd.DataFrame:
 def outcome(folder: Path, out: Path | None, repeats: int) -> None:
     """Print quadratic κ, and its difference to each floor, of both tasks."""
     people = pd.read_csv(folder / "participants.tsv", sep="\t", na_values="n/a").set_index("participant_id")
+    people["age"] = pd.to_numeric(people["age"].astype(str).str.removesuffix("+"), errors="coerce")  # "89+" hides the oldest
     loads = territories(folder)
     print(json.dumps({"masks": len(loads), "people": len(people)}))
     table = people.join(loads, how="inner")
