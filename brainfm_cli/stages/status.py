@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from brainfm_cli.programs.slurm_tasks import Task
 
+_MOST_LINES = 200
+"""Units of the table; of a large dataset only those are shown that need something."""
 _STYLE = {"pending": "yellow", "running": "yellow", "current": "green", "stale": "yellow", "interrupted": "yellow", "failed": "red"}
 
 
@@ -79,7 +81,8 @@ def status(folder: Path, *, as_json: bool = False, verify: bool = False) -> int:
         sys.stdout.write(text + "\n")
         return EXIT_OK
     table = Table("folder", "command", "unit", "state", "seconds", "MB", "why, and what to do", box=None)
-    for line in found:
+    shown = found if len(found) <= _MOST_LINES else [line for line in found if line.state != "current"][:_MOST_LINES]
+    for line in shown:
         reason = f"{line.failure_class}: {line.reason} — {line.fix}" if line.failure_class else line.reason
         state = f"[{_STYLE[line.state]}]{line.state}[/]"
         table.add_row(
@@ -87,6 +90,8 @@ def status(folder: Path, *, as_json: bool = False, verify: bool = False) -> int:
         )
     console = Console()
     console.print(table)
+    if len(shown) < len(found):
+        console.print(f"{len(found) - len(shown)} more, those that are current left out first; --json lists all", highlight=False)
     console.print(", ".join(f"{count} {state}" for state, count in sorted(Counter(line.state for line in found).items())))
     for root, listed in tasks.items():
         _print_jobs(console, _label(root, folder), listed)
@@ -97,7 +102,7 @@ def _print_jobs(console: Console, label: str, tasks: Sequence[Task]) -> None:
     """What waits, runs or failed on the cluster, and how many tasks are done."""
     table = Table("folder", "unit", "job", "state", "why", "node", "log", box=None)
     for task in tasks:
-        if task.status != "done":
+        if task.status != "done" and table.row_count < _MOST_LINES:
             why = f"{task.failure}: {task.reason}" if task.failure else task.reason
             state = f"[{_STYLE.get(task.status, 'white')}]{task.status}[/]"
             table.add_row(escape(label), escape(task.unit), task.job, state, escape(why), escape(task.node), escape(task.log))
@@ -105,6 +110,8 @@ def _print_jobs(console: Console, label: str, tasks: Sequence[Task]) -> None:
     console.print(f"tasks on the cluster: {counts}", highlight=False)
     if table.row_count:
         console.print(table)
+    if (more := sum(task.status != "done" for task in tasks) - table.row_count) > 0:
+        console.print(f"{more} more of them; --json lists all", highlight=False)
     lacking = [task for task in tasks if task.failure in {"memory", "time", "node", "cancelled", "unknown"}]
     if lacking:
         console.print(f"{len(lacking)} of them may succeed with more: brainfm submit --resubmit failed OUTPUT_DIR", highlight=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from brainfm_cli.bids.derivatives import write_text
 from brainfm_cli.errors import MissingProgramError, ProgramFailedError, SettingsError
 from brainfm_cli.programs.slurm import (
     FOLDER,
@@ -25,6 +26,7 @@ from brainfm_cli.programs.slurm import (
     submit_jobs,
 )
 from brainfm_cli.programs.slurm_tasks import tasks_of
+from brainfm_cli.provenance import UnitRecord, record_path
 from tests import synthetic_bids as synthetic
 from tests.bad_input_bench import make_raw
 from tests.stages.command import brainfm
@@ -438,3 +440,27 @@ def test_raw_participants_are_estimated_from_their_headers(tmp_path: Path, capsy
     (tmp_path / "in" / "sub-01").mkdir(parents=True)
     assert brainfm("submit", "preprocess", tmp_path / "in", tmp_path / "out", "participant", "--dry-run") == 0
     assert "nothing here says what they will need" in capsys.readouterr().out
+
+
+def test_status_of_a_large_dataset_shows_what_needs_something(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program(fake, "sbatch", "echo 50")
+    out = tmp_path / "out"
+    submit_jobs(
+        out,
+        [ARRAY.model_copy(update={"labels": tuple(f"{number:03d}" for number in range(250))})],
+        brainfm=("brainfm",),
+        resumes=False,
+    )
+    for number in range(300):
+        record = UnitRecord(
+            unit=f"sub-{number:03d}", command="parcellate", status="running" if number < 3 else "done", configuration_hash="0"
+        )
+        write_text(record_path(out, record.unit), record.model_dump_json())
+    write_text(out / "dataset_description.json", json.dumps({"GeneratedBy": [{"ConfigurationHash": "0"}]}))
+    program(fake, "squeue", 'for i in $(seq 250); do echo "50_$i|PENDING|Priority|"; done')
+    (fake / "seq").symlink_to(shutil.which("seq") or "/bin/true")
+    assert brainfm("status", out) == 0
+    said = capsys.readouterr().out
+    assert said.count("interrupted") == 4  # three lines and their number
+    assert "297 more, those that are current left out first" in said
+    assert "50 more of them; --json lists all" in said

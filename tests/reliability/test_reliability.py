@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ def commands(bench: Bench, place: Path) -> dict[str, Line]:
     assert brainfm("parcellate", made / "data", done, "participant", *atlas) == 0
     cpu = ("--device", "cpu")
     split = "where.split=[holdout]"
-    quick = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=50", "evaluation.permutations=49", "evaluation.inner_folds=2")
+    quick = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=100", "evaluation.permutations=99", "evaluation.inner_folds=2")
     return {
         "simulate": ("simulate", None, "--participants", 3, "--seed", 1, "--atlases", "Schaefer100", "--set", "frames=40"),
         "parcellate participant": ("parcellate", made / "data", None, "participant", *atlas),
@@ -86,38 +87,46 @@ def into(line: Line, out: Path) -> Line:
     return tuple(out if word is None else word for word in line)
 
 
-def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path) -> None:
-    """Killed with all it started at a random moment, started again and again; the end equals that of an undisturbed run."""
-    import time
+COMMANDS = (
+    "simulate",
+    "parcellate participant",
+    "parcellate group",
+    "pretrain",
+    "align",
+    "prompt-tune",
+    "predict participant",
+    "predict group",
+)
+KILLS = 7  # of each command: 56 in all
 
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path, name: str) -> None:
+    """Killed with all it started at a random moment, started again and again; the end equals that of an undisturbed run."""
     generator = np.random.default_rng(50)
-    lines = commands(bench, tmp_path)
-    kills = dict.fromkeys(lines, 0)
-    for name, line in lines.items():
-        in_place = name == "parcellate group"  # writes into the output of its participants
-        calm = tmp_path / f"calm-{name}"
-        if in_place:
-            shutil.copytree(tmp_path / "parcellated", calm)
-            line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
-        clock = time.monotonic()
-        assert together([into(line, calm)]) == [0], name
-        seconds = time.monotonic() - clock
-        for attempt in range(20):
-            if kills[name] == 7 or sum(kills.values()) == 50:
+    line = commands(bench, tmp_path)[name]
+    calm, seconds, kills = tmp_path / "calm", 0.0, 0
+    if name == "parcellate group":  # writes into the output of its participants
+        shutil.copytree(tmp_path / "parcellated", calm)
+        line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
+    clock = time.monotonic()
+    assert together([into(line, calm)]) == [0]
+    seconds = time.monotonic() - clock
+    for attempt in range(30):
+        if kills == KILLS:
+            break
+        out = tmp_path / f"killed-{attempt}"
+        if name == "parcellate group":
+            shutil.copytree(tmp_path / "parcellated", out)
+        while kills < KILLS and killed_after(into(line, out), float(generator.uniform(0.02, 1.0) * seconds)):
+            kills += 1
+            if generator.random() < 0.5:
                 break
-            out = tmp_path / f"killed-{name}-{attempt}"
-            if in_place:
-                shutil.copytree(tmp_path / "parcellated", out)
-            while kills[name] < 7 and killed_after(into(line, out), float(generator.uniform(0.02, 1.1) * seconds)):
-                kills[name] += 1
-                if generator.random() < 0.5:
-                    break
-            assert together([into(line, out)]) == [0], name
-            assert tree(out) == tree(calm), name
-            assert records(out) == records(calm), name
-            shutil.rmtree(out)
-    print(kills)
-    assert sum(kills.values()) >= 50, kills
+        assert together([into(line, out)]) == [0]
+        assert tree(out) == tree(calm)
+        assert records(out) == records(calm)
+        shutil.rmtree(out)
+    assert kills == KILLS
 
 
 @pytest.mark.parametrize(
