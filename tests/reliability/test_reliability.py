@@ -167,7 +167,7 @@ FULL = "disk, quota or inodes full"
 @pytest.mark.parametrize("limit", ["size=200k,nr_inodes=10000", "size=50m,nr_inodes=40"], ids=["bytes", "inodes"])
 def test_a_full_disk(eight: synthetic.Synthetic, tmp_path: Path, small_disk: Path, limit: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     remount(small_disk, limit)
-    assert brainfm(*parcellate(eight, tmp_path / "calm")) == 0
+    assert brainfm(*parcellate(eight, tmp_path / "calm" / "out")) == 0
     assert brainfm(*parcellate(eight, small_disk / "out")) in {3, 75}  # 3: some were done before it was full
     said = capfd.readouterr()
     assert FULL in " ".join((said.err + caplog.text).split())
@@ -175,21 +175,21 @@ def test_a_full_disk(eight: synthetic.Synthetic, tmp_path: Path, small_disk: Pat
     assert not list(small_disk.rglob("*.part"))
     remount(small_disk, "size=50m,nr_inodes=10000")
     assert brainfm(*parcellate(eight, small_disk / "out")) == 0
-    assert tree(small_disk / "out") == tree(tmp_path / "calm")
+    assert tree(small_disk / "out") == tree(tmp_path / "calm" / "out")
 
 
 @pytest.mark.parametrize("limit", ["size=200k,nr_inodes=10000", "size=50m,nr_inodes=12"], ids=["bytes", "inodes"])
 def test_a_full_disk_while_training(bench: Bench, tmp_path: Path, small_disk: Path, limit: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     line = commands(bench, tmp_path)["pretrain"]
     remount(small_disk, limit)
-    assert brainfm(*into(line, tmp_path / "calm")) == 0
+    assert brainfm(*into(line, tmp_path / "calm" / "out")) == 0
     assert brainfm(*into(line, small_disk / "out")) == 75
     said = capfd.readouterr()
     assert FULL in " ".join((said.err + caplog.text).split())
     assert "Traceback" not in said.err + said.out + caplog.text
     remount(small_disk, "size=50m,nr_inodes=10000")
     assert brainfm(*into(line, small_disk / "out")) == 0
-    assert tree(small_disk / "out") == tree(tmp_path / "calm")
+    assert tree(small_disk / "out") == tree(tmp_path / "calm" / "out")
 
 
 def test_an_output_that_may_not_be_written(eight: synthetic.Synthetic, small_disk: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
