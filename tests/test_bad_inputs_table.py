@@ -188,7 +188,7 @@ PREPROCESS = [
     Row("unknown engine", PRE + " --engine magic", 78, "'engine'"),
     Row("unknown setting", PRE + " --set embedded.nonsense=1", 78, "unknown field"),
     Row("no such task", PRE + " --task-id nothing", 66, "there is no BOLD run"),
-    Row("empty image", PRE, 65, "the image cannot be read: Empty file", write("raw", T1W, b"")),
+    Row("empty image", PRE, 65, "the image cannot be read: it has 0 bytes", write("raw", T1W, b"")),
     Row("cut image", PRE, 65, "ended before the end-of-stream", cut("raw", T1W)),
     Row("text instead of an image", PRE, 65, "is not a gzip file", write("raw", T1W, "<html>not found</html>")),
     Row("image of 10^18 voxels", PRE, 65, "the header promises 32767×32767×32767 numbers", header("raw", T1W, 40, "<4h", 3, 32767, 32767, 32767), hostile=True),
