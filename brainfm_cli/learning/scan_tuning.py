@@ -70,6 +70,31 @@ def divide_for_tuning(
     return TuningPeople(table=pd.DataFrame(rows, columns=["participant_id", "stratum", "role"]), seen_in_test=len(tests & known))
 
 
+def choose_validation(
+    strata: Mapping[str, str], train: Collection[str], test: Collection[str], *, fraction: float, seed: int
+) -> TuningPeople:
+    """A fold as given, a share ``fraction`` of its training people choosing the epoch.
+
+    Raises
+    ------
+    InputDatasetError
+        Fewer than two training people.
+    """
+    rest = {label: strata[label] for label in train}
+    if len(rest) < 2:
+        raise InputDatasetError(f"{len(rest)} people are left to train and choose: two are needed", fix="give more people")
+    chosen = _drawn(rest, min(len(rest) - 1, max(1, round(fraction * len(rest)))), seed, "validation")
+    rows = [(label, strata[label], "validation" if label in chosen else "train") for label in sorted(rest)]
+    rows += [(label, strata[label], "test") for label in sorted(test)]
+    return TuningPeople(table=pd.DataFrame(rows, columns=["participant_id", "stratum", "role"]), seen_in_test=0)
+
+
+def few_people(strata: Mapping[str, str], train: Collection[str], *, share: float, seed: int) -> tuple[str, ...]:
+    """A share of training people from every stratum in step; with the same seed smaller shares lie in larger ones."""
+    rest = {label: strata[label] for label in train}
+    return tuple(sorted(_drawn(rest, max(min(len(rest), 2), round(share * len(rest))), seed, "few")))
+
+
 def _drawn(strata: Mapping[str, str], count: int, seed: int, what: str) -> set[str]:
     """``count`` people, from every stratum in step."""
     ranked: list[tuple[float, str, str]] = []

@@ -26,7 +26,7 @@ class _Mix(nn.Module):
 
 
 class MriSegmenter(nn.Module):
-    """The encoder, whose weights get no gradient, and a decoder of logits at full resolution."""
+    """The encoder, which is frozen unless its weights are made trainable afterwards, and a decoder of logits at full resolution."""
 
     def __init__(self, encoder: MriEncoder, classes: int, *, width: int) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class MriSegmenter(nn.Module):
 
     def forward(self, images: Tensor, context: Context) -> Tensor:
         """(batch, classes, *pixels) logits of (batch, *pixels) images in [0, 1]; class 0 is no lesion."""
-        with torch.no_grad():
+        trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             encoding = self.encoder(images, context)
         full = self.stem(images[:, None])
         half = self.stem_half(full)

@@ -50,3 +50,28 @@ class SeriesNetwork(nn.Module):
         found = self.steps(series.transpose(1, 2))
         read: Tensor = self.leave(torch.cat([found.mean(dim=2), found.square().mean(dim=2)], dim=1))
         return read
+
+
+class SliceNetwork(nn.Module):
+    """A plain convolutional network of slices or cubes: four stages of one 3-convolution, each halving; mean and maximum at the end."""
+
+    def __init__(self, width: int, *, dims: int = 2) -> None:
+        super().__init__()
+        kind = nn.Conv2d if dims == 2 else nn.Conv3d
+        pool = nn.MaxPool2d(2) if dims == 2 else nn.MaxPool3d(2)
+        steps: list[nn.Module] = []
+        for number in range(4):
+            before, after = (1 if number == 0 else width * 2 ** (number - 1)), width * 2**number
+            steps += [kind(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.GELU(), pool]
+        self.steps = nn.Sequential(*steps)
+        self.features = 2 * width * 8
+
+    @staticmethod
+    def width_for(parameters: int, *, dims: int = 2) -> int:
+        """The width, a multiple of four, whose network has about so many parameters."""
+        return max(4, 4 * round((parameters / (42 * 3**dims)) ** 0.5 / 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(slices, features) of (slices, *pixels) in [0, 1]."""
+        found = self.steps(images[:, None]).flatten(2)
+        return torch.cat([found.mean(dim=2), found.amax(dim=2)], dim=1)

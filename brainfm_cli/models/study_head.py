@@ -16,8 +16,12 @@ class GatedAttentionHead(nn.Module):
     model of them says.
     """
 
-    def __init__(self, features: int, outputs: int, *, width: int, dropout: float, clinical: int = 0) -> None:
+    def __init__(
+        self, features: int, outputs: int, *, width: int, dropout: float, clinical: int = 0, link: nn.Module | None = None
+    ) -> None:
+        """``link`` turns scores into probabilities where that needs parameters; it is kept and trained with the head."""
         super().__init__()
+        self.link = link
         self.dropout = dropout
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("spread", torch.ones(features))

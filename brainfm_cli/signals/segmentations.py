@@ -42,6 +42,10 @@ class NativeChances:
         """Write RAS labels as an image on the grid of the reference scan."""
         return write_image(path, self.to_native(labels), np.array(self.reference.native_affine), dtype=np.uint8)
 
+    def save_values(self, values: NDArray[np.float32], path: Path) -> Path:
+        """Write (x, y, z) RAS values as an image on the grid of the reference scan."""
+        return write_image(path, self._volume().to_native(values), np.array(self.reference.native_affine), dtype=np.float32)
+
     def millilitres(self, labels: NDArray[np.uint8], value: int | None = None) -> float:
         """Volume of one label, or of all."""
         return float((labels > 0 if value is None else labels == value).sum() * np.prod(self.voxel_mm) / 1000)

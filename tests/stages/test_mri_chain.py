@@ -79,22 +79,53 @@ def test_classes_are_learnt_and_said_with_their_slices(made: SyntheticScans) -> 
     assert tune(made, "class", "--target", "size", "--set", *longer) == 0
     validate(root / "class")
     model = only(root / "class" / "models")
+    maps = ("--set", "scans.cam=hirescam")
     scores = pd.DataFrame(json.loads((model / "evaluation.json").read_text())).set_index(["method", "score"])
-    assert {"model", "majority", "no pretraining, same head"} == set(scores.index.get_level_values(0))
+    assert {"model", "majority", "no pretraining, same head", "intensities and volumes, linear"} == {
+        name for name in scores.index.get_level_values(0) if "−" not in name
+    }
     assert scores.loc[("model", "AUROC"), "value"] >= scores.loc[("majority", "AUROC"), "value"] == 0.5
     assert "Test people" in (model / "report.html").read_text()
     assert (model / "model.safetensors").read_bytes() == (only(root / "pretrain" / "models") / "model.safetensors").read_bytes()
     assert (
-        brainfm("predict", made.root, root / "said", "participant", "--model", model, "--device", "cpu", "--participant-label", "05", "06")
+        brainfm(
+            "predict",
+            made.root,
+            root / "said",
+            "participant",
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--participant-label",
+            "05",
+            "06",
+            *maps,
+        )
         == 0
     )
+    validate(root / "said")
     values = json.loads((root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").read_text())
+    (cam,) = values["attribution"]
+    image, source = nib.load(root / "said" / cam["image"]), nib.load(made.root / "sub-05" / "anat" / "sub-05_FLAIR.nii.gz")
+    assert image.shape == source.shape
+    assert np.allclose(image.affine, source.affine)
+    assert np.asarray(image.dataobj).max() <= 1 + 1e-6
+    truth = nib.load(made.root / "derivatives" / "lesions" / "sub-05" / "anat" / "sub-05_label-L_mask.nii.gz")
+    drawn, heat = np.asarray(truth.dataobj) > 0, np.asarray(image.dataobj)
+    assert cam["localisation"]["energy"] == pytest.approx(
+        heat[drawn].sum() / heat.sum(), abs=1e-4
+    )  # the volume lies on the scan as the mask does
+    assert 0 < cam["localisation"]["chance"] < 0.1
+    assert cam["agreement_with_random_encoder"] is not None
+    assert (root / "said" / "sub-05" / "figures" / "sub-05_space-FLAIR_desc-cam_statmap.png").stat().st_size > 1000
     assert sum(values["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert values["slices"][0]["weight"] >= values["slices"][-1]["weight"] > 0
     assert values["note"] == "not for clinical use"
     before = (root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").stat().st_mtime_ns
     assert (
-        brainfm("predict", made.root, root / "said", "participant", "--model", model, "--device", "cpu", "--participant-label", "05") == 0
+        brainfm("predict", made.root, root / "said", "participant", "--model", model, "--device", "cpu", "--participant-label", "05", *maps)
+        == 0
     )
     assert (root / "said" / "sub-05" / "sub-05_desc-brainfm_prediction.json").stat().st_mtime_ns == before
 

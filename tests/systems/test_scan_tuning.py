@@ -20,7 +20,8 @@ from brainfm_cli.models.study_head import GatedAttentionHead
 from brainfm_cli.signals.segmentations import to_labels
 from brainfm_cli.systems.mri_language import MriLanguageSettings
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings
-from brainfm_cli.systems.mri_language.tuning import encoder_hash, fit_classifier, fit_mean_mask, fit_segmenter, fit_temperature, sharpen
+from brainfm_cli.systems.mri_language.outcomes import StudyTask
+from brainfm_cli.systems.mri_language.tuning import encoder_hash, fit_mean_mask, fit_segmenter, fit_studies, fit_temperature, sharpen
 from tests.learning.slice_cohorts import write_slice_cohort
 
 CPU = Execution(device="cpu", precision="32-true")
@@ -141,10 +142,11 @@ def test_sides_are_told_apart_and_lesions_found_on_a_frozen_encoder(tmp_path: Pa
     frozen = encoder()
     before = encoder_hash(frozen)
     schedule = ScheduleSettings(epochs=25, batch_size=8, patience=25, optimiser=OptimiserSettings(learning_rate=3e-3))
-    fitted = fit_classifier(frozen, cohort, labels, split, schedule.plan(0), classes=2, batch_size=8, execution=CPU, folder=tmp_path / "c")  # type: ignore[arg-type]
+    task = StudyTask(kind="classification", labels=labels, count=2)
+    fitted = fit_studies(frozen, cohort, task, split, schedule.plan(0), batch_size=8, execution=CPU, folder=tmp_path / "c")  # type: ignore[arg-type]
     test = split.role("test")
     truth = np.array([labels[label] for label in test])
-    scores = classification_scores(truth, {"model": fitted.chances(test)}, classes=2, seed=0)
+    scores = classification_scores(truth, {"model": fitted.answer(test)}, classes=2, seed=0)
     auroc = scores[scores["score"] == "AUROC"].iloc[0]
     assert auroc["value"] > 0.9
     short = ScheduleSettings(epochs=8, batch_size=8, patience=8, optimiser=OptimiserSettings(learning_rate=5e-3))

@@ -37,6 +37,7 @@ from brainfm_cli.simulation.truth import attainable_features, attainable_score
 from brainfm_cli.stages.predict.arms import ArmSettings, verdict, with_strata, write_interaction
 from brainfm_cli.stages.predict.explaining import read_sections, write_explanation
 from brainfm_cli.stages.predict.rivals import RivalSettings, make_rivals
+from brainfm_cli.stages.predict.scan_settings import ScanEvaluationSettings
 from brainfm_cli.systems import load_system
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class PredictSettings(Settings):
     """group: learning curves, the model tuned again on few people beside the floors on the same few."""
     text: TextSettings = TextSettings()
     """For a model of 'brainfm align': which disorders people are scored for, and by which texts."""
+    scans: ScanEvaluationSettings = ScanEvaluationSettings()
+    """group, for an mri-language model: the tasks that it is evaluated on, each tuned anew in every fold of the design."""
     reader_study: ReaderStudySettings = ReaderStudySettings()
     """group with --reader-study: how doctors' readings are analysed."""
     seed: int = 0

@@ -33,7 +33,8 @@ from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.tuning import AtlasTuning, tuning_page
 from brainfm_cli.stages.prompt_tune.meta import meta_tune
 from brainfm_cli.stages.prompt_tune.participants import TuneParticipantSettings, tune_participants
-from brainfm_cli.stages.prompt_tune.scans import TuneScansSettings, tune_scans
+from brainfm_cli.stages.prompt_tune.scan_settings import TuneScansSettings
+from brainfm_cli.stages.prompt_tune.scans import tune_scans
 from brainfm_cli.systems import BrainGraph, load_system, read_system_settings
 from brainfm_cli.systems.brain_graph import write_text_readers
 from brainfm_cli.systems.brain_graph.texts import alignable, coupling_readers

@@ -40,6 +40,12 @@ class ScanSegmenter:
     """Label value of each class after the first, which is no lesion."""
     augment: AugmentSettings
     """How training slices are varied; labels move with them."""
+    share: float = 1.0
+    """Share of the learning rate that weights of the encoder get, where they are trained."""
+
+    def rate_factor(self, name: str, progress: float) -> float:  # noqa: ARG002  (the same throughout)
+        """Share of the learning rate of a parameter."""
+        return self.share if name.startswith(_ENCODER) else 1.0
 
     @property
     def module(self) -> nn.Module:
@@ -79,16 +85,21 @@ class ScanSegmenter:
         return view.seen, shares.argmax(dim=0)
 
     def decoder_tensors(self) -> dict[str, Tensor]:
-        """What was trained."""
+        """What was trained of the decoder."""
         return {name: value for name, value in self.model.state_dict().items() if not name.startswith(_ENCODER)}
 
 
-def new_segmenter(encoder: MriEncoder, values: Sequence[int], augment: AugmentSettings, *, seed: int) -> ScanSegmenter:
-    """A decoder with fresh weights on a frozen encoder."""
+def new_segmenter(
+    encoder: MriEncoder, values: Sequence[int], augment: AugmentSettings, *, seed: int, adapted: bool = False, share: float = 1.0
+) -> ScanSegmenter:
+    """A decoder with fresh weights on a frozen encoder; of an ``adapted`` one the weights that were trainable stay so."""
+    trainable = [parameter for parameter in encoder.parameters() if parameter.requires_grad] if adapted else []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MriSegmenter(encoder, 1 + len(values), width=decoder_width(encoder))
-    return ScanSegmenter(model=model, values=tuple(values), augment=augment)
+    for parameter in trainable:
+        parameter.requires_grad_()
+    return ScanSegmenter(model=model, values=tuple(values), augment=augment, share=share)
 
 
 def load_segmenter(encoder: MriEncoder, folder: Path, values: Sequence[int]) -> ScanSegmenter:
