@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--head-epochs", type=int, default=40)
     parser.add_argument("--lesion-epochs", type=int, default=6)
     parser.add_argument("--no-lesions", action="store_true")
+    parser.add_argument("--network", action="store_true", help="the plain network from scratch too: slow")
     parser.add_argument("--few-shot", action="store_true")
     parser.add_argument("--centres", action="store_true")
     given = parser.parse_args()
@@ -80,9 +81,15 @@ def main() -> None:
     pretrained = given.output / "pretrained"
     brainfm("pretrain", others, pretrained, "group", "--system", "mri-language", "--device", "cpu", "--set", *sizes)
     (model,) = (pretrained / "models").iterdir()
-    heads = f"scans.schedule.epochs={given.head_epochs}"
+    # a few dozen people make few steps per epoch
+    heads = (
+        f"scans.schedule.epochs={given.head_epochs}",
+        "scans.schedule.batch_size=8",
+        "scans.schedule.patience=15",
+        "scans.schedule.optimiser.learning_rate=0.005",
+    )
     held_out = ("design.kind=fixed", "design.test_where={split: [holdout]}")
-    rows = evaluate(raw, given.output / "tasks", model, TASKS, *held_out, heads, "scans.adaptation.slices=6")
+    rows = evaluate(raw, given.output / "tasks", model, TASKS, *held_out, *heads, f"scans.floors.network={str(given.network).lower()}")
     if not given.no_lesions:
         fast = "scans.schedule.optimiser.learning_rate=0.005"
         rows += evaluate(raw, given.output / "lesions", model, LESIONS, *held_out, f"scans.schedule.epochs={given.lesion_epochs}", fast)
@@ -90,11 +97,11 @@ def main() -> None:
     if given.few_shot:
         two = {name: TASKS[name] for name in ("disease", "grade")}
         few = ("scans.few_shot={shares: [0.1, 0.5, 1.0], draws: 3}", "scans.floors={network: false, image_numbers: false}")
-        evaluate(raw, given.output / "few", model, two, *held_out, heads, *few)
+        evaluate(raw, given.output / "few", model, two, *held_out, *heads, *few)
         for name in two:
             print(f"\n{name}\n{(given.output / 'few' / 'scan-evaluation' / name / 'few_shot.tsv').read_text()}")
     if given.centres:
-        show(evaluate(raw, given.output / "centres", model, TASKS, "design.kind=leave-one-site-out", heads, "scans.floors.network=false"))
+        show(evaluate(raw, given.output / "centres", model, TASKS, "design.kind=leave-one-site-out", *heads, "scans.floors.network=false"))
     best = json.loads((raw / "truth.json").read_text())
     print(json.dumps({key: value for key, value in best.items() if key != "people"}, indent=1)[:2000])
 
