@@ -44,7 +44,7 @@ from brainfm_cli.stages.parcellate import ParcellateSettings
 from brainfm_cli.stages.simulate import SimulateSettings
 from tests import synthetic_bids as synthetic
 
-SHORT, LONG = 25, 1000
+SHORT, LONG = 25, 300
 
 
 @dataclass(frozen=True)

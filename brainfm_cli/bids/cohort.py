@@ -18,6 +18,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -49,6 +50,8 @@ INDEX_COLUMNS: dict[str, str] = {
     "kept_fraction": "share of frames that denoising kept, NaN where unknown",
 }
 HEADER_BYTES = 128
+BROKEN_STORE = (OSError, ValueError, EOFError, OverflowError, SyntaxError, TokenError)
+"""What numpy raises on files that are no .npy; the last two from headers that are no Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +276,7 @@ def open_store(path: Path, what: str, *, fix: str) -> np.ndarray:
     """
     try:
         store: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except BROKEN_STORE as error:
         raise InputDatasetError(f"{what} is unreadable: {error}", where=path, fix=fix) from error
     if store.dtype != np.dtype("<f4"):
         raise InputDatasetError(f"{what} holds {store.dtype}, not float32", where=path, fix=fix)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from brainfm_cli.bids.cohort import HEADER_BYTES, npy_header, open_store, read_participants
+from brainfm_cli.bids.cohort import BROKEN_STORE, HEADER_BYTES, npy_header, open_store, read_participants
 from brainfm_cli.bids.derivatives import atomic_path, sweep, temporary_path, write_json, write_tsv
 from brainfm_cli.bids.names import check_keys
 from brainfm_cli.bids.stimuli import Stimulus
@@ -323,5 +323,5 @@ def _read_space(root: Path, participant: str) -> VoxelSpace:
             places_mm=places,
             regions=tuple(values["regions"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*BROKEN_STORE, KeyError, TypeError) as error:
         raise InputDatasetError(f"the voxels' description is unreadable: {error}", where=path, fix=_AGAIN) from error
