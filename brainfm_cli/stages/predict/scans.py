@@ -148,8 +148,8 @@ def write_prediction(
     selection: Selection,
     device: str,
     *,
-    cam: Literal["none", "gradcam", "hirescam"],
-    mask_roots: tuple[Path, ...],
+    cam: Literal["none", "gradcam", "hirescam"] = "none",
+    mask_roots: tuple[Path, ...] = (),
 ) -> UnitResult:
     """Write what the model says of one participant; sequences that are absent are simply not read, and named."""
     tuned = _load(model, device)
