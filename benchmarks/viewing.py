@@ -46,7 +46,6 @@ from brainfm_cli.systems.brain_caption.floors import picture_vectors
 from brainfm_cli.systems.brain_caption.pretraining import prepare, pretrain_encoder
 
 PEOPLE = ("0001", "0002", "0003", "0004")
-SPLIT = ImageSplitSettings(shared=True, validation_fraction=0.1)
 _PIXELS = 16  # side of a picture that is compared
 _PIXEL_COMPONENTS = 96
 
@@ -111,6 +110,11 @@ class Study:
         """Responses and captions."""
         return VoxelCohort.open(self.folder)
 
+    @property
+    def split(self) -> ImageSplitSettings:
+        """Pictures of test.txt, which everybody saw, test."""
+        return ImageSplitSettings(test_list=self.folder / "test.txt", validation_fraction=0.1)
+
     @cached_property
     def sentences(self) -> SentenceTable:
         """Vectors of the captions."""
@@ -140,6 +144,8 @@ def prepare_study(arguments: argparse.Namespace) -> None:
     shutil.copytree(scratch / "packed" / "cohort", study / "cohort")
     shutil.copy(scratch / "raw" / "bayes.tsv", study / "bayes.tsv")
     cohort = VoxelCohort.open(study)
+    shared = sorted(name for name, one in cohort.stimuli.items() if one.fields["shared"] == "yes")
+    (study / "test.txt").write_text("\n".join(shared[: arguments.tested]) + "\n", encoding="utf-8")
     encoder = load_sentences("all-minilm-l6-v2")
     texts = sorted({text for one in cohort.stimuli.values() for text in one.captions})
     described = {"encoder": encoder.name, "sha256": encoder.fingerprint(), "texts": texts}
@@ -196,7 +202,7 @@ class Runner:
         rate = OptimiserSettings(learning_rate=given.pretrain_rate)
         settings = PretrainingSettings(epochs=given.pretrain_epochs, batch_size=given.pretrain_batch, seed=seed, optimiser=rate)
         factory = BrainCaptionSettings(kind="brain-caption", preset=given.preset)
-        prepared = prepare(factory, settings, SPLIT, self.study.cohort, people)
+        prepared = prepare(factory, settings, self.study.split, self.study.cohort, people)
         pretrain_encoder(prepared, settings, self.execution, folder)
         return folder
 
@@ -270,7 +276,8 @@ class Runner:
         if job.left_out is None:
             line: dict[str, Any] = {**common, "share": None, "said": self.say(captioner, people, "repeats", "none")}
             if job.name == "full":
-                line["single"] = self.say(captioner, people, "none", "none")
+                if self.arguments.single:
+                    line["single"] = self.say(captioner, people, "none", "none")
                 line |= {altered: self.say(captioner, people, "repeats", altered) for altered in ("zeroed", "shuffled")}
                 encoder = self.pretrained(people, seed)
                 line["pretraining"] = json.loads((encoder / "evaluation.json").read_text(encoding="utf-8"))
@@ -292,7 +299,7 @@ def report(arguments: argparse.Namespace) -> None:
     from viewing_report import Report
 
     rows = [json.loads(line) for line in arguments.said.read_text(encoding="utf-8").splitlines()]
-    print(json.dumps(Report(Study(arguments.study), SPLIT, rows).tables(), indent=1))
+    print(json.dumps(Report(Study(arguments.study), rows).tables(), indent=1))
 
 
 def run_jobs(arguments: argparse.Namespace) -> None:
@@ -329,6 +336,7 @@ def main() -> None:
     first.add_argument("study", type=Path)
     first.add_argument("--images", type=int, default=600)
     first.add_argument("--shared", type=int, default=150)
+    first.add_argument("--tested", type=int, help="of the shared pictures; the others train. All where unset")
     first.add_argument("--repeats", type=int, default=3)
     first.add_argument("--voxels", type=int, default=400)
     first.add_argument("--seed", type=int, default=1)
@@ -355,6 +363,7 @@ def main() -> None:
     second.add_argument("--tune-epochs", type=int, default=20, help="of all of a person's data; more for less data")
     second.add_argument("--tune-rate", type=float, default=2e-3)
     second.add_argument("--speak-batch", type=int, default=150)
+    second.add_argument("--single", action="store_true", help="also say what single trials show; three times the captions")
     third = steps.add_parser("report")
     third.add_argument("study", type=Path)
     third.add_argument("said", type=Path)

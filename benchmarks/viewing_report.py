@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch.nn import functional
 
-from brainfm_cli.learning.image_split import ImageSplitSettings, make_split
+from brainfm_cli.learning.image_split import make_split
 from brainfm_cli.learning.text_scores import cider, own_ranks
 from brainfm_cli.learning.voxel_samples import select_trials, voxel_statistics
 from brainfm_cli.models.voxel_encoder import VoxelScale
@@ -34,11 +34,11 @@ _RESAMPLES = 2000
 class Report:
     """Scores of the lines that a run has written."""
 
-    def __init__(self, study: Any, split: ImageSplitSettings, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, study: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         self.study, self.rows = study, rows
         self.cohort = study.cohort
         self.people = sorted(self.cohort.spaces)
-        self.split = make_split(self.cohort, split)
+        self.split = make_split(self.cohort, study.split)
         self.names = sorted(self.split.names("test"))
         self.place = {name: number for number, name in enumerate(self.names)}
         generator = np.random.default_rng(0)
@@ -67,7 +67,8 @@ class Report:
             "ridge to nearest training caption": self._cider([self._ridge_captions(dict.fromkeys(self.people, 1.0))]),
         }
         rows["CIDEr"] |= {name: self.interval(values) | {"lead": self.interval(model - values)} for name, values in floors.items()}
-        rows["CIDEr"]["single trials"] = self.interval(self._cider([row["single"] for row in full]))
+        if all("single" in row for row in full):
+            rows["CIDEr"]["single trials"] = self.interval(self._cider([row["single"] for row in full]))
         rows["CIDEr"]["first caption against the others"] = self.interval(self._human())
         bayes = self._bayes_captions()
         if bayes is not None:
@@ -84,12 +85,13 @@ class Report:
         found = {
             "chance": round(1 / len(self.names), 5),
             "the brain's vector": self.interval(model) | {"lead over ridge": self.interval(model - ridge)},
-            "the brain's vector, single trials": self.interval(self._first([row["single"] for row in full])),
             "the brain's vector, voxels shuffled": self.interval(self._first([row["shuffled"] for row in full])),
             "what was said": self.interval(said),
             "ridge to sentence vectors": self.interval(ridge),
             "generator's own likelihood": round(ceiling, 4),
         }
+        if all("single" in row for row in full):
+            found["the brain's vector, single trials"] = self.interval(self._first([row["single"] for row in full]))
         found["share of the ceiling"] = self.interval(model / ceiling)
         return found
 

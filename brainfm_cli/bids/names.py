@@ -55,7 +55,6 @@ OUTPUTS: dict[str, OutputName] = {
     "caption": OutputName("caption", ".json", "", "what a model says that a participant saw", (("desc", "brainfm"),)),
     "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
     "survival": OutputName("survival", ".tsv", "", "what a model says of one participant's risk over time", (("desc", "brainfm"),)),
-    "report": OutputName("report", ".json", "", "what was measured in one participant's lesions, in words", (("desc", "brainfm"),)),
     "cam": OutputName("statmap", ".nii.gz", "anat", "where a scan speaks for the answer (class activation map), in the grid of the scan", (("desc", "cam"),)),
     "lesions": OutputName("dseg", ".nii.gz", "anat", "lesions that a model sees, in the grid of the scan", (("seg", "brainfm"),)),
     "embedding": OutputName("embedding", ".tsv", "func", "what a model's encoder makes of one run", (("desc", "brainfm"),)),

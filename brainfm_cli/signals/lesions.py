@@ -6,10 +6,9 @@ World coordinates decide on sides (NIfTI: x grows to the right), so that a left 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from brainfm_cli.errors import InputDatasetError
@@ -93,7 +92,7 @@ def lesion_facts(
     inside = np.argwhere(mask)
     if len(inside) == 0:
         return LesionFacts(volume_ml=0.0)
-    world = apply_affine(affine, inside)
+    world = _apply(affine, inside)
     edges = np.abs(np.asarray(affine)[:3, :3]).sum(axis=1)  # a voxel's own extent along the world's axes
     left = float((world[:, 0] < midline_mm).mean())
     centre, extent = world.mean(axis=0), np.ptp(world, axis=0) + edges
@@ -109,6 +108,12 @@ def lesion_facts(
     )
 
 
+def _apply(affine: NDArray[np.float64], points: NDArray[Any]) -> NDArray[np.float64]:
+    """(points, 3) places after an affine."""
+    moved: NDArray[np.float64] = points @ np.asarray(affine)[:3, :3].T + np.asarray(affine)[:3, 3]
+    return moved
+
+
 def _regions(values: NDArray[np.integer], names: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
     found, counts = np.unique(values[values > 0], return_counts=True)
     shares: dict[str, float] = {}
@@ -121,9 +126,9 @@ def _regions(values: NDArray[np.integer], names: Mapping[int, str]) -> tuple[tup
 def _signal(image: NDArray[np.floating], mask: NDArray[np.bool_], affine: NDArray[np.float64], midline_mm: float) -> Signal:
     """The lesion's mean against the mirrored voxels that are no lesion, in their standard deviations."""
     inside = np.argwhere(mask)
-    mirrored = apply_affine(affine, inside)
+    mirrored = _apply(affine, inside)
     mirrored[:, 0] = 2 * midline_mm - mirrored[:, 0]
-    places = np.round(apply_affine(np.linalg.inv(affine), mirrored)).astype(int)
+    places = np.round(_apply(np.linalg.inv(affine), mirrored)).astype(int)
     there = ((places >= 0) & (places < np.array(mask.shape))).all(axis=1)
     places = places[there]
     tissue = image[tuple(places[~mask[tuple(places.T)]].T)]
