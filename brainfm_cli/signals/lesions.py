@@ -108,7 +108,7 @@ def lesion_facts(
     )
 
 
-def _apply(affine: NDArray[np.float64], points: NDArray[Any]) -> NDArray[np.float64]:
+def _apply(affine: NDArray[Any], points: NDArray[Any]) -> NDArray[np.float64]:
     """(points, 3) places after an affine."""
     moved: NDArray[np.float64] = points @ np.asarray(affine)[:3, :3].T + np.asarray(affine)[:3, 3]
     return moved
