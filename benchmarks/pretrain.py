@@ -172,7 +172,8 @@ def measure(regions: int, batch: int, dropout: float, device: torch.device, argu
 
     row: dict[str, Any] = {"regions": regions, "batch": batch, "preset": preset, "dropout": dropout}
     calls = calls_of(regions, batch, preset, dropout, device, precision=precision, compiled=arguments.compile)
-    plain = calls_of(regions, COUNTED, preset, dropout, device, precision=precision)  # the counter does not see into compiled kernels
+    # the counter does not see into compiled kernels
+    plain = calls_of(regions, COUNTED, preset, dropout, device, precision=precision) if arguments.compile else calls
     for name, (work, _) in calls.items():
         counted = plain[name][1]
         operations = counted_flops(counted) * batch / COUNTED  # counted on a few graphs, because it takes as long as running

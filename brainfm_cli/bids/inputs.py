@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Kind = Literal["images", "series", "cohort"]
 # Where several spaces exist and none is asked for, the first of these that a run has.
 SPACE_ORDER = ("MNI152NLin2009cAsym", "MNI152NLin6Asym", "MNI152NLin2009aSym", "MNI152NLin6Sym", "fsLR")
+UNINDEXABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+"""What pybids raises on files of others: it trusts JSON to be an object that is not nested deeply."""
 _IMAGES = (".nii.gz", ".nii", ".dtseries.nii")
 _READ = re.compile(r"_(bold|mask|timeseries|regressors|coverage|motion|outliers)\.(nii|nii\.gz|dtseries\.nii|tsv|json)$")
 _LONG = {"subject": "sub", "session": "ses", "acquisition": "acq", "ceagent": "ce", "reconstruction": "rec", "direction": "dir", "segmentation": "seg"}  # fmt: skip
@@ -240,13 +242,7 @@ def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybi
     indexer = BIDSLayoutIndexer(validate=False, ignore=ignored)
     try:
         return BIDSLayout(window, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # pybids trusts JSON to be an object, not nested deeply
+    except UNINDEXABLE as error:
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}".replace(str(window), str(root)), where=root,
             fix="mend the named JSON file; a sidecar must be valid JSON",

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from brainfm_cli.bids.inputs import in_selection, list_participants, matches_filters, read_filters, run_key, walk_files
+from brainfm_cli.bids.inputs import UNINDEXABLE, in_selection, list_participants, matches_filters, read_filters, run_key, walk_files
 from brainfm_cli.bids.names import parse_name
 from brainfm_cli.bids.raw_headers import check_run, check_volume
 from brainfm_cli.documents import read_json
@@ -274,13 +274,7 @@ def _read_metadata(root: Path, label: str, paths: Sequence[Path]) -> dict[Path, 
     try:
         layout = BIDSLayout(root, validate=False, config=["bids"], indexer=indexer)
         return {path: dict(layout.get_metadata(str(path.absolute()))) for path in paths}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # pybids trusts JSON to be an object, not nested deeply
+    except UNINDEXABLE as error:
         raise InputDatasetError(
             f"the files of sub-{label} cannot be indexed: {error}", where=root, fix="mend the named JSON file; a sidecar must be valid JSON"
         ) from error

@@ -39,6 +39,8 @@ ScanSequence = Literal["T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", 
 SEQUENCES: tuple[ScanSequence, ...] = ("T1w", "T1w+ce", "T2w", "FLAIR", "dwi", "adc", "T2star", "other")
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+NORMAL: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""RAS axis that the slices of a plane are stacked along."""
 SLICE_COLUMNS: dict[str, str] = {
     "dataset": "name of the dataset the slice comes from",
     "participant": "participant label",
@@ -85,6 +87,11 @@ class PackedScan:
     """Values of the mask and what each is called."""
     notes: tuple[str, ...]
     """What was done to the scan or its mask."""
+
+    @property
+    def normal(self) -> int:
+        """RAS axis that the slices are stacked along."""
+        return NORMAL[self.grid["plane"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +180,10 @@ class SliceCohort:
     def masks(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(rows, size, size) lesion labels; zero where a scan has no mask."""
         return self._read("masks.npy", rows)
+
+    def num_items(self, scan: PackedScan) -> int:
+        """Items of the whole scan, those that were left out counted."""
+        return 1 if self.dims == 3 else int(scan.grid["shape"][scan.normal])
 
     def scans(self, participant: str) -> tuple[PackedScan, ...]:
         """The scans of a participant."""

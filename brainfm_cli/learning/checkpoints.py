@@ -138,8 +138,8 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     return config
 
 
-def read_provenance(model_dir: Path) -> dict[str, Any]:
-    """provenance.json of a model folder: whom the model has seen, and from what it was made.
+def read_provenance(model_dir: Path, *needed: str) -> dict[str, Any]:
+    """provenance.json of a model folder: whom the model has seen, and from what it was made; it must have the ``needed`` fields.
 
     Raises
     ------
@@ -149,8 +149,9 @@ def read_provenance(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "provenance.json"
     try:
         values = read_json(path)
+        _ = [values[name] for name in needed]
         hashes = [name for name, known in values.items() if name.endswith("_on") and not _are_hashes(known)]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointMismatchError("the model does not say whom it has seen", where=path, fix=_WHOLE) from error
     if hashes:
         raise CheckpointMismatchError(f"the model does not say whom it has seen: '{hashes[0]}' lists no hashes", where=path, fix=_WHOLE)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LEAST_EVENTS = 3
-ENDS = ("censored", "event", "competing")
 
 
 class FollowUpSettings(Frozen):

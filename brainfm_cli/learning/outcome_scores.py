@@ -24,7 +24,7 @@ from brainfm_cli.learning.survival import (
     weighted_integrated_brier,
     weighted_uno,
 )
-from brainfm_cli.learning.uncertainty import interval, resample_weights
+from brainfm_cli.learning.uncertainty import averaged, interval, resample_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +117,7 @@ def score_survival(
 def mean_over_draws(draws: Sequence[Mapping[str, Weighted]], people: int, *, label: str, against: Sequence[str], seed: int) -> pd.DataFrame:
     """A score of every method, averaged over draws of training people, and the model's difference from some methods; intervals over people."""
     weights = resample_weights([str(place) for place in range(people)], RESAMPLES, np.random.default_rng(seed))
-    methods = {name: _averaged([draw[name] for draw in draws]) for name in draws[0]}
+    methods = {name: averaged([draw[name] for draw in draws]) for name in draws[0]}
     methods |= {f"{MODEL} − {name}": _less(methods[MODEL], methods[name]) for name in against if name in methods}
     one = np.ones((1, people))
     return pd.DataFrame([_row(label, name, float(found(one)[0]), found, None, weights, people, seed) for name, found in methods.items()])
@@ -125,10 +125,6 @@ def mean_over_draws(draws: Sequence[Mapping[str, Weighted]], people: int, *, lab
 
 def _less(first: Weighted, second: Weighted) -> Weighted:
     return lambda weights: first(weights) - second(weights)
-
-
-def _averaged(parts: Sequence[Weighted]) -> Weighted:
-    return lambda weights: np.mean([part(weights) for part in parts], axis=0)
 
 
 def primary_classes(observed: NDArray[np.int64], chances: NDArray[np.float64], *, ordered: bool) -> Weighted:

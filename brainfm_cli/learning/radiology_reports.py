@@ -42,6 +42,7 @@ _VOLUME = re.compile(rf"({_NUMBER})\s*(?:ml|mls|cc|cm³|cm3|cm\^3|毫升|立方�
 _ON = re.compile(r"\s*(?:signal\s+)?(?:on|in|at)\s", re.IGNORECASE)
 _COMMA = 30
 _CENTIMETRES = ("cm", "厘米")
+_ASK = "Please talk to your doctor about what this means for you."
 _ABOUT_A_LESION = {"mass effect", "oedema", "hydrocephalus", "atrophy"}  # findings that no lesion mask holds
 
 
@@ -174,6 +175,24 @@ def write_report(facts: LesionFacts, *, language: Language = "en", disease: str 
     )
 
 
+def said_of(group: Literal["diseases", "places"], name: str) -> str:
+    """How English reports call a disease or a place of the lexicon; a place that it does not hold is called as it is."""
+    return _spoken(name, "en") if group == "places" else _say(group, name, "en")
+
+
+def known_diseases() -> tuple[str, ...]:
+    """Diseases of the lexicon that a lesion mask could hold."""
+    return tuple(name for name in _terms()["diseases"] if name not in _ABOUT_A_LESION)
+
+
+def plain_words(finding: Finding | None) -> str:
+    """A finding as it is explained to a patient."""
+    if finding is None:
+        return f"The images show nothing unusual. {_ASK}"
+    where = {"left": " on the left side of the brain", "right": " on the right side of the brain", "both": " on both sides of the brain", None: ""}[finding.side]  # fmt: skip
+    return f"The images show {_terms()['plain'][finding.disease]} ({_say('diseases', finding.disease, 'en')}){where}. {_ASK}"
+
+
 def check_report(text: str, facts: LesionFacts, *, known_places: Sequence[str] = ()) -> tuple[Contradiction, ...]:
     """What a text says against the facts of a mask: whether there is a lesion, its side, volume, places and signals.
 
@@ -187,18 +206,18 @@ def check_report(text: str, facts: LesionFacts, *, known_places: Sequence[str] =
         return tuple(Contradiction(kind="presence", said=f"{one.disease} present", measured="no lesion") for one in there)
     if said and not there:
         found.append(Contradiction(kind="presence", said="no lesion", measured=f"{facts.volume_ml:.2f} mL"))
+    held, known = {_place(name) for name, _ in facts.regions}, {_place(name) for name in known_places}
+    measured = dict(facts.signals)
     for one in there:
         if one.side is not None and one.side != facts.side:
             found.append(Contradiction(kind="side", said=one.side, measured=f"{facts.side} ({facts.left_share:.0%} left)"))
         if one.volume_ml is not None and abs(one.volume_ml - facts.volume_ml) > TOLERANCE * facts.volume_ml + 0.005:
             found.append(Contradiction(kind="volume", said=f"{one.volume_ml:g} mL", measured=f"{facts.volume_ml:.2f} mL"))
-        held, known = {_place(name) for name, _ in facts.regions}, {_place(name) for name in known_places}
         found += [
             Contradiction(kind="place", said=place, measured=", ".join(sorted(held)))
             for place in one.places
             if held and place in known and place not in held
         ]
-        measured = dict(facts.signals)
         found += [
             Contradiction(kind="signal", said=f"{signal} on {name}", measured=measured[name])
             for name, signal in one.signals

@@ -194,3 +194,9 @@ class _Batches(Dataset[SliceBatch]):
 
     def __getitem__(self, place: int) -> SliceBatch:
         return self._source.batch(self._parts[place], self._epoch)
+
+
+def all_slices(cohort: SliceCohort) -> SliceBatches:
+    """Batches of whichever slices :meth:`SliceBatches.batch` is asked for, without epochs."""
+    nothing = np.array([], np.int64)
+    return SliceBatches(cohort=cohort, rows=nothing, validation_rows=nothing, batch_size=1, seed=0)

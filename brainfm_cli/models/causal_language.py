@@ -51,6 +51,24 @@ class Generated:
     """(texts,) mean log-probability of a token, the end token included where it was reached."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dialogues:
+    """Conversations as token numbers, padded on the right, with room for vectors in the first question."""
+
+    ids: Tensor
+    """(items, longest) int64."""
+    room: Tensor
+    """(items, longest) bool: where the vectors go."""
+    learnt: Tensor
+    """(items, longest) bool: answers, each with its end token."""
+    valid: Tensor
+    """(items, longest) bool."""
+
+    def to(self, device: torch.device) -> Dialogues:
+        """The same on a device."""
+        return Dialogues(**{name: getattr(self, name).to(device) for name in ("ids", "room", "learnt", "valid")})
+
+
 class CausalLanguageModel:
     """A frozen decoder with its tokenizer; not a module, so that no training state ever holds its weights."""
 
@@ -122,8 +140,7 @@ class CausalLanguageModel:
 
     def loss(self, prefix: Tensor, said: Tokens) -> Tensor:
         """(texts,) mean cross-entropy of each sentence's tokens behind its (texts, length, width) prefix; differentiable in the prefix."""
-        scores = self._token_log_probabilities(prefix, said)
-        return -(scores * said.valid).sum(dim=1) / said.valid.sum(dim=1).clamp_min(1)
+        return self._mean_loss(prefix, said, torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device))
 
     @torch.no_grad()
     def log_probability(self, prefix: Tensor, said: Tokens) -> Tensor:
@@ -131,16 +148,16 @@ class CausalLanguageModel:
         return -self.loss(prefix, said)
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, *, beams: int = 1, max_tokens: int = 30) -> Generated:
+    def generate(self, prefix: Tensor, *, beams: int = 1, max_tokens: int = 30, valid: Tensor | None = None) -> Generated:
         """What follows (texts, length, width) prefixes: greedy, or the best of ``beams`` beams.
 
-        Prefixes have one length, so that nothing is padded on the left.
+        Prefixes of several lengths are padded on the left; ``valid`` (texts, length) bool says where they are.
         """
         prefix = prefix.to(self._embedding.weight.dtype)
-        there = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        there = torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device) if valid is None else valid
         ids = self._model.generate(
             inputs_embeds=prefix,
-            attention_mask=there,
+            attention_mask=there.long(),
             max_new_tokens=max_tokens,
             num_beams=beams,
             do_sample=False,
@@ -151,12 +168,52 @@ class CausalLanguageModel:
             eos_token_id=self.end,
         )
         ended = (ids == self.end).int().cumsum(dim=1)
-        valid = (ended == 0) | ((ids == self.end) & (ended == 1))
+        kept = (ended == 0) | ((ids == self.end) & (ended == 1))
         texts = tuple(
-            " ".join(self._tokenizer.decode(row[kept & (row != self.end)], skip_special_tokens=True).split())
-            for row, kept in zip(ids, valid, strict=True)
+            " ".join(self._tokenizer.decode(row[held & (row != self.end)], skip_special_tokens=True).split())
+            for row, held in zip(ids, kept, strict=True)
         )
-        return Generated(texts=texts, log_probability=self.log_probability(prefix, Tokens(ids=ids, valid=valid)))
+        return Generated(texts=texts, log_probability=-self._mean_loss(prefix, Tokens(ids=ids, valid=kept), there))
+
+    def dialogues(self, conversations: Sequence[Sequence[tuple[str, str]]], *, room: int, longest: int) -> Dialogues:
+        """Conversations of (question, answer) turns in the chat template, with ``room`` vectors before the first question.
+
+        What is longer than ``longest`` tokens is cut.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            The tokenizer has no chat template.
+        """
+        rows = []
+        for turns in conversations:
+            pieces = self._pieces(turns, answered=True)
+            ids, kinds = list(pieces[0]), [0] * len(pieces[0])
+            ids += [self.end] * room
+            kinds += [1] * room
+            for number, piece in enumerate(pieces[1:]):
+                # pieces alternate: question, answer, question … ; an answer ends with the end token, as the template writes it after each
+                ids += piece
+                kinds += [2 if number % 2 else 0] * len(piece)
+            rows.append((ids[:longest], kinds[:longest]))
+        most = max(len(ids) for ids, _ in rows)
+        filled = torch.full((len(rows), most), self.end, dtype=torch.long)
+        kind = torch.full((len(rows), most), -1)
+        for place, (ids, kinds) in enumerate(rows):
+            filled[place, : len(ids)] = torch.tensor(ids)
+            kind[place, : len(ids)] = torch.tensor(kinds)
+        return Dialogues(ids=filled, room=kind == 1, learnt=kind == 2, valid=kind >= 0)
+
+    def dialogue_loss(self, before: Tensor, said: Dialogues) -> Tensor:
+        """(items,) mean cross-entropy of a token of the answers; differentiable in the (items, room, width) vectors ``before``."""
+        inputs = self.vectors(said.ids)
+        inputs = inputs.masked_scatter(said.room[:, :, None], before.to(inputs.dtype))
+        states = self._model.base_model(inputs_embeds=inputs, attention_mask=said.valid.long(), use_cache=False).last_hidden_state
+        learnt = said.learnt[:, 1:]
+        logits = self._model.get_output_embeddings()(states[:, :-1][learnt]).float()  # only answers are compared with the vocabulary
+        flat = functional.cross_entropy(logits, said.ids[:, 1:][learnt], reduction="none")
+        sums = flat.new_zeros(len(said.ids)).index_add_(0, learnt.nonzero()[:, 0], flat)
+        return sums / learnt.sum(dim=1).clamp_min(1)
 
     def chat_prefix(self, before: Tensor, question: str, history: Sequence[tuple[str, str]] = ()) -> Tensor:
         """(1, length, width) what to continue so that ``question`` is answered: the chat template with ``before`` (1, n, width) in the first question.
@@ -166,32 +223,57 @@ class CausalLanguageModel:
         CheckpointMismatchError
             The tokenizer has no chat template.
         """
+        first, *rest = self._pieces([*history, (question, "")], answered=False)
+        halves = [
+            self.vectors(torch.tensor([ids], dtype=torch.long, device=self.device)) for ids in (first, [one for ids in rest for one in ids])
+        ]
+        return torch.cat([halves[0], before.to(halves[0].dtype), halves[1]], dim=1)
+
+    def _pieces(self, turns: Sequence[tuple[str, str]], *, answered: bool) -> list[list[int]]:
+        """Token numbers of the filled template: before the vectors, then by turns what leads to an answer and the answer with its end token.
+
+        Without ``answered`` the last answer is what is to come.
+        """
         if not self.has_chat:
             raise CheckpointMismatchError(f"the language model '{self.name}' has no chat template", fix="use an instruction-tuned model")
-        mark = "\u2603"  # stands for the vectors while the template is filled
-        turns = []
-        for place, (asked, answered) in enumerate([*history, (question, "")]):
-            turns.append({"role": "user", "content": f"{mark} {asked}" if place == 0 else asked})
-            if answered:
-                turns.append({"role": "assistant", "content": answered})
-        text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        parts = []
-        for half in text.split(mark, 1):
-            ids = self._tokenizer(half, add_special_tokens=False, return_tensors="pt")["input_ids"].long().to(self.device)
-            parts.append(self.vectors(ids))
-        return torch.cat([parts[0], before.to(parts[0].dtype), parts[1]], dim=1)
+        image, answer = "\u2603", "\u2604"  # stand for vectors and answers while the template is filled
+        told = []
+        for place, (question, _) in enumerate(turns):
+            told.append({"role": "user", "content": f"{image} {question}" if place == 0 else question})
+            if answered or place + 1 < len(turns):
+                told.append({"role": "assistant", "content": answer})
+        text: str = self._tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=not answered)
+        first, rest = text.split(image, 1)
+        between = rest.split(answer)
+        if answered:
+            between = between[:-1]
+        pieces = [self._ids(first)]
+        for place, part in enumerate(between):
+            lead = part.removeprefix(self._tokenizer.decode([self.end])) if place else part
+            pieces.append(self._ids(lead))
+            if answered or place + 1 < len(between):
+                pieces.append([*self._ids(turns[place][1]), self.end])
+        return pieces
 
-    def _token_log_probabilities(self, prefix: Tensor, said: Tokens) -> Tensor:
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokens_per_character(self, texts: Sequence[str]) -> float:
+        """How finely the tokenizer cuts these texts; above one it reads them as bytes and knows none of their words."""
+        return sum(len(self._ids(text)) for text in texts) / max(1, sum(map(len, texts)))
+
+    def _mean_loss(self, prefix: Tensor, said: Tokens, before: Tensor) -> Tensor:
         kind = self._embedding.weight.dtype
         inputs = torch.cat([prefix.to(kind), self.vectors(said.ids)], dim=1)
-        there = torch.cat([torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device), said.valid], dim=1)
+        there = torch.cat([before, said.valid], dim=1)
         states = self._model.base_model(inputs_embeds=inputs, attention_mask=there.long(), use_cache=False).last_hidden_state
         # the state before a token foretells it; only these are compared with the vocabulary
         states = states[:, prefix.shape[1] - 1 : -1]
         logits = self._model.get_output_embeddings()(states).float()
         target = said.ids.masked_fill(~said.valid, IGNORED)
         flat = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="none")
-        return -flat.view(target.shape)
+        scores = flat.view(target.shape)
+        return (scores * said.valid).sum(dim=1) / said.valid.sum(dim=1).clamp_min(1)
 
 
 def load_language_model(source: Path, *, name: str | None = None, dtype: torch.dtype = torch.float32) -> CausalLanguageModel:

@@ -63,6 +63,12 @@ class TextEncoder:
             digest.update(weight.detach().cpu().contiguous().float().numpy().tobytes())
         return digest.hexdigest()
 
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Share of tokens that the encoder has no word for; Chinese is unknown to most English ones."""
+        unknown = self._tokenizer.unk_token_id
+        ids = [one for text in texts for one in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return 0.0 if unknown is None else sum(one == unknown for one in ids) / max(1, len(ids))
+
     @torch.no_grad()
     def sentences(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """(texts, width) unit vectors: the mean over a text's tokens, or its first token's. Long texts are read in windows."""

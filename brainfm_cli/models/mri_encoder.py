@@ -25,7 +25,7 @@ STRIDE = 16
 NUM_REGISTERS = 4
 _POSITIONS = {2: 16, 3: 6}  # side of the learned grid of positions: 256 pixels, or 96 voxels
 _KERNEL = 7
-_PLACE_CODE = 16
+PLACE_CODE = 16
 _MM = 100.0  # slices lie within about ± this
 
 
@@ -173,7 +173,7 @@ class MriEncoder(nn.Module):
         self.position = Position(width, shape.dims)
         self.sequence = nn.Embedding(shape.num_sequences, width)
         self.plane = nn.Embedding(shape.num_planes, width)
-        self.height = nn.Linear(_PLACE_CODE, width, bias=False)
+        self.height = nn.Linear(PLACE_CODE, width, bias=False)
         self.class_token = nn.Parameter(nn.init.normal_(torch.empty(1 + NUM_REGISTERS, width), std=0.02))
         if shape.backbone == "convnext":
             self.layers = nn.ModuleList(ConvBlock(width, shape.dims) for _ in range(_equal_depth(shape)))
@@ -282,7 +282,7 @@ def _equal_depth(shape: MriShape) -> int:
 
 def place_code(z_mm: Tensor) -> Tensor:
     """(batch, 16) sines and cosines of eight wavelengths, from 200 mm down to 1.6 mm."""
-    rates = math.pi / _MM * 2.0 ** torch.arange(_PLACE_CODE // 2, device=z_mm.device)
+    rates = math.pi / _MM * 2.0 ** torch.arange(PLACE_CODE // 2, device=z_mm.device)
     angle = z_mm.float()[:, None] * rates
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

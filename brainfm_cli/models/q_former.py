@@ -46,13 +46,14 @@ class CrossAttention(nn.Module):
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(token_width, 2 * width)
         self.merge = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """(batch, queries, width) queries with what they found in (batch, tokens, token width)."""
+    def forward(self, queries: Tensor, tokens: Tensor, present: Tensor | None = None) -> Tensor:
+        """(batch, queries, width) queries with what they found in (batch, tokens, token width), of which ``present`` (batch, tokens) count."""
         batch, count, width = queries.shape
         heads = (self.num_heads, width // self.num_heads)
         q = self.query(self.norm(queries)).view(batch, count, *heads).transpose(1, 2)
         k, v = self.key_value(self.token_norm(tokens)).view(batch, -1, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = None if present is None else present[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return queries + functional.dropout(self.merge(mixed), self.dropout, training=self.training)
 
 
@@ -75,14 +76,14 @@ class QFormer(nn.Module):
         )
         self.norm = nn.LayerNorm(shape.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, present: Tensor | None = None) -> Tensor:
         """(batch, queries, width) normalised queries from (batch, tokens, token width), the first token being the summary."""
         queries = self.queries.expand(len(tokens), -1, -1)
         if self.start is not None:
             queries = queries + self.start(tokens[:, 0]).unflatten(1, self.queries.shape)
         for number, layer in enumerate(self.layers):
             if str(number) in self.cross:
-                queries = self.cross[str(number)](queries, tokens)
+                queries = self.cross[str(number)](queries, tokens, present)
             queries = layer(queries, NO_BIAS)
         return self.norm(queries)
 
@@ -99,12 +100,12 @@ class BrainBridge(nn.Module):
         self.token_norm: Tensor
         self.register_buffer("token_norm", torch.tensor(token_norm))
 
-    def forward(self, tokens: Tensor, *, projection_alone: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, *, projection_alone: bool = False, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, queries, language width) vectors as long as token vectors on average, and (batch, contrast width) unit vectors.
 
-        With ``projection_alone`` the gradient of the former reaches the last linear layer and no further.
+        Only tokens that are ``present`` (batch, tokens) are attended to. With ``projection_alone`` the gradient of the former reaches the last linear layer and no further.
         """
-        queries = self.q_former(tokens)
+        queries = self.q_former(tokens, present)
         prefix = functional.normalize(self.to_language(queries.detach() if projection_alone else queries), dim=-1) * self.token_norm
         return prefix, functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
 

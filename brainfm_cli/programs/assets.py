@@ -82,6 +82,11 @@ def locate(asset: Asset) -> Path:
     return folder
 
 
+def source_of(name: str) -> str:
+    """Folder of the asset of that name, or the name itself where no asset is called so: a path, or a name of the hub."""
+    return str(locate(find_asset(name))) if any(asset.name == name for asset in known_assets()) else name
+
+
 def verify(asset: Asset) -> Path:
     """Folder of the asset, once every file's SHA-256 was found right.
 

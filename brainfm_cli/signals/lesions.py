@@ -89,22 +89,24 @@ def lesion_facts(
             raise InputDatasetError(
                 f"{name} has the grid {other.shape}, the lesion mask {mask.shape}", fix="resample one to the grid of the other"
             )
-    inside = np.argwhere(mask)
+    lesion = np.asarray(mask) != 0
+    inside = np.argwhere(lesion)
     if len(inside) == 0:
         return LesionFacts(volume_ml=0.0)
     world = _apply(affine, inside)
     edges = np.abs(np.asarray(affine)[:3, :3]).sum(axis=1)  # a voxel's own extent along the world's axes
     left = float((world[:, 0] < midline_mm).mean())
+    opposite = _mirrored(lesion, world, affine, midline_mm) if images else ()
     centre, extent = world.mean(axis=0), np.ptp(world, axis=0) + edges
     return LesionFacts(
         volume_ml=len(inside) * abs(float(np.linalg.det(np.asarray(affine)[:3, :3]))) / 1000,
-        parts=int(ndimage.label(np.asarray(mask) != 0, np.ones((3, 3, 3)))[1]),
+        parts=int(ndimage.label(lesion, np.ones((3, 3, 3)))[1]),
         side="left" if left > 1 - _OTHER_SIDE else "right" if left < _OTHER_SIDE else "both",
         left_share=left,
         centre_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
         extent_mm=(float(extent[0]), float(extent[1]), float(extent[2])),
         regions=() if labels is None else _regions(labels[tuple(inside.T)], names or {}),
-        signals=tuple((name, _signal(image, np.asarray(mask) != 0, affine, midline_mm)) for name, image in (images or {}).items()),
+        signals=tuple((name, _signal(image, lesion, opposite)) for name, image in (images or {}).items()),
     )
 
 
@@ -123,17 +125,21 @@ def _regions(values: NDArray[np.integer], names: Mapping[int, str]) -> tuple[tup
     return tuple(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _signal(image: NDArray[np.floating], mask: NDArray[np.bool_], affine: NDArray[np.float64], midline_mm: float) -> Signal:
-    """The lesion's mean against the mirrored voxels that are no lesion, in their standard deviations."""
-    inside = np.argwhere(mask)
-    mirrored = _apply(affine, inside)
-    mirrored[:, 0] = 2 * midline_mm - mirrored[:, 0]
-    places = np.round(_apply(np.linalg.inv(affine), mirrored)).astype(int)
-    there = ((places >= 0) & (places < np.array(mask.shape))).all(axis=1)
-    places = places[there]
-    tissue = image[tuple(places[~mask[tuple(places.T)]].T)]
+def _mirrored(
+    lesion: NDArray[np.bool_], world: NDArray[np.float64], affine: NDArray[np.float64], midline_mm: float
+) -> tuple[NDArray[np.intp], ...]:
+    """Voxels of the other hemisphere that face the lesion's ``world`` places, as an index; those that are lesion themselves left out."""
+    facing = np.c_[2 * midline_mm - world[:, 0], world[:, 1:]]
+    places = np.round(_apply(np.linalg.inv(affine), facing)).astype(np.intp)
+    places = places[((places >= 0) & (places < np.array(lesion.shape))).all(axis=1)]
+    return tuple(places[~lesion[tuple(places.T)]].T)
+
+
+def _signal(image: NDArray[np.floating], lesion: NDArray[np.bool_], opposite: tuple[NDArray[np.intp], ...]) -> Signal:
+    """The lesion's mean against that of the voxels which face it, in their standard deviations."""
+    tissue = image[opposite]
     if len(tissue) < 2:  # a lesion of both sides mirrors onto itself
         return "isointense"
     spread = float(tissue.std()) or 1e-12
-    height = (float(image[mask].mean()) - float(tissue.mean())) / spread
+    height = (float(image[lesion].mean()) - float(tissue.mean())) / spread
     return "hyperintense" if height > _CLEAR else "hypointense" if height < -_CLEAR else "isointense"

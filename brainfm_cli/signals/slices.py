@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainfm_cli.bids.images import load_image, read_voxels
-from brainfm_cli.bids.slice_cohort import PLANES, Plane
+from brainfm_cli.bids.slice_cohort import NORMAL, PLANES, Plane
 from brainfm_cli.errors import InputDatasetError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from brainfm_cli.bids.scans import LesionMask
 
 CLIP_PERCENTILES = (0.5, 99.5)
-_NORMAL: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}  # RAS axis that slices are stacked along
 _THICK = 1.5  # slices so much thicker than pixels are wide were acquired in that plane
 _STRIPPED = 0.2  # share of exact zeros of a skull-stripped image
 _WEIGHTED_FROM = 500.0  # b-value, s/mm²
@@ -172,7 +171,7 @@ def acquired_plane(volume: Volume) -> Plane:
     thick = int(size.argmax())
     if size[thick] < _THICK * np.sort(size)[1]:
         return "axial"
-    return next(plane for plane in PLANES if _NORMAL[plane] == thick)
+    return next(plane for plane in PLANES if NORMAL[plane] == thick)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +192,7 @@ class SliceGrid:
     @property
     def normal(self) -> int:
         """RAS axis that slices are stacked along."""
-        return _NORMAL[self.plane]
+        return NORMAL[self.plane]
 
     @property
     def side_mm(self) -> float:

@@ -196,10 +196,9 @@ def draw_scans(patient: Patient, settings: MriSettings, *, seed: int) -> Scans:
     tissue[brain & (across < 0.70 + 0.10 * folds)] = 3
     tissue[((world / (radii * [0.16, 0.38, 0.20])) ** 2).sum(axis=-1) < 1 + 0.3 * folds] = 1
     lesion, rim = _lesion(patient, world, radii, brain, rng, shape, affine)
-    labels = np.array([0, *range(1, 5)])[tissue]
     images = {}
     for name in settings.sequences:
-        image = np.array([0.0, *_TISSUES[name]])[labels]
+        image = np.array([0.0, *_TISSUES[name]])[tissue]
         image = ndimage.gaussian_filter(image, 0.5) * (tissue > 0)
         if patient.disease != HEALTHY:
             core = _SIGNALS[patient.disease][name] * _CONTRAST * (1 + 0.25 * _smooth(rng, shape, affine, 6.0))

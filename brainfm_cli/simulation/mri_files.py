@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from brainfm_cli.bids.derivatives import write_json, write_tsv
+from brainfm_cli.bids.derivatives import write_json, write_text, write_tsv
 from brainfm_cli.bids.images import sidecar, write_image
 from brainfm_cli.simulation.mri import HEALTHY, ceilings, clinical_columns, draw_patient, draw_scans, report_of
 
@@ -31,19 +31,19 @@ def write_patient(root: Path, settings: MriSettings, *, label: str, seed: int, i
     patient = draw_patient(settings, seed=seed, index=index, effect=effect)
     scans = draw_scans(patient, settings, seed=seed)
     name, written = f"sub-{label}", []
-    for sequence, image in scans.images.items():
-        if sequence == "dwi":
-            path = root / name / "dwi" / f"{name}_dwi.nii.gz"
-            written += [write_image(path, image, scans.affine, dtype=np.float32), *_gradients(path)]
-        else:
-            path = root / name / "anat" / f"{name}_{sequence}.nii.gz"
-            written.append(write_image(path, image, scans.affine, dtype=np.float32))
+    paths = {sequence: root / name / _place(name, sequence) for sequence in scans.images}
+    for sequence, path in paths.items():
+        written.append(write_image(path, scans.images[sequence], scans.affine, dtype=np.float32))
+        written += _gradients(path) if sequence == "dwi" else []
         written.append(write_json(sidecar(path), {"Manufacturer": "simulated", "InstitutionName": patient.site}))
     mask = root / _MASKS / name / "anat" / f"{name}_label-lesion_mask.nii.gz"
-    drawn_on = next(one for one in scans.images if one != "dwi") if set(scans.images) != {"dwi"} else "dwi"
-    reference = f"bids::{name}/dwi/{name}_dwi.nii.gz" if drawn_on == "dwi" else f"bids::{name}/anat/{name}_{drawn_on}.nii.gz"
-    described = {"Type": "Lesion", "SpatialReference": reference.replace("bids::", "bids:raw:"), "Manual": False}
+    drawn_on = paths[next((one for one in paths if one != "dwi"), "dwi")]
+    described = {"Type": "Lesion", "SpatialReference": f"bids:raw:{drawn_on.relative_to(root).as_posix()}", "Manual": False}
     return [*written, write_image(mask, scans.mask, scans.affine, dtype=np.uint8), write_json(sidecar(mask), described)]
+
+
+def _place(name: str, sequence: str) -> str:
+    return f"dwi/{name}_dwi.nii.gz" if sequence == "dwi" else f"anat/{name}_{sequence}.nii.gz"
 
 
 def write_tables(root: Path, settings: MriSettings, *, labels: Mapping[int, str], seed: int, effect: float) -> list[Path]:
@@ -91,8 +91,6 @@ def write_tables(root: Path, settings: MriSettings, *, labels: Mapping[int, str]
 
 def _gradients(path: Path) -> list[Path]:
     """One weighted volume along x: what the validator asks of every diffusion image."""
-    from brainfm_cli.bids.derivatives import write_text
-
     stem = path.name.removesuffix(".nii.gz")
     return [write_text(path.with_name(f"{stem}.bval"), "1000\n"), write_text(path.with_name(f"{stem}.bvec"), "1\n0\n0\n")]
 

@@ -42,7 +42,9 @@ from brainfm_cli.simulation.truth import Couplings, build_truth
 from brainfm_cli.simulation.viewing import ViewingSettings
 
 if TYPE_CHECKING:
-    from brainfm_cli.config import Invocation
+    from collections.abc import Callable
+
+    from brainfm_cli.config import Frozen, Invocation
     from brainfm_cli.simulation.population import Person, Population
     from brainfm_cli.simulation.rest import PersonSeries, RestSimulation
     from brainfm_cli.simulation.trial import Trial
@@ -151,14 +153,18 @@ def simulate(call: Invocation, settings: SimulateSettings) -> int:
 
 def _units(root: Path, settings: SimulateSettings, datasets: dict[str, Path]) -> list[Unit]:
     if settings.kind in {"viewing", "mri"}:
-        person, group = (write_viewing_person, write_viewing_group) if settings.kind == "viewing" else (write_mri_person, write_mri_group)
         labels = {index: _label(settings, index) for index in _indices(settings)}
         return [
             *(
-                Unit(name=f"sub-{label}", inputs=(), work=person, arguments={"root": root, "settings": settings, "index": index})
+                Unit(
+                    name=f"sub-{label}",
+                    inputs=(),
+                    work=write_simulated_person,
+                    arguments={"root": root, "settings": settings, "index": index},
+                )
                 for index, label in labels.items()
             ),
-            Unit(name="group", inputs=(), work=group, arguments={"root": root, "settings": settings}),
+            Unit(name="group", inputs=(), work=write_simulated_group, arguments={"root": root, "settings": settings}),
         ]
     common = {"root": root, "settings": settings, "datasets": tuple(sorted(datasets.items()))}
     if settings.level == "series":
@@ -256,42 +262,30 @@ def write_raw_person(root: Path, settings: SimulateSettings, index: int) -> Unit
     return UnitResult(outputs=outputs, seed=settings.seed)
 
 
-def write_viewing_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
-    """Write one viewer's single-trial maps."""
-    from brainfm_cli.simulation.viewing_files import write_viewer
-
-    written = write_viewer(
-        root, settings.viewing, label=_label(settings, index), seed=settings.seed, index=index, effect=settings.effect
-    )  # fmt: skip
+def write_simulated_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
+    """Write one viewer's single-trial maps, or one patient's scans and lesion mask."""
+    (write, _), own = _files_of(settings)
+    written = write(root, own, label=_label(settings, index), seed=settings.seed, index=index, effect=settings.effect)
     return UnitResult(outputs=tuple(written), seed=settings.seed)
 
 
-def write_viewing_group(root: Path, settings: SimulateSettings) -> UnitResult:
-    """Write pictures, captions, participants and truth of all viewers."""
-    from brainfm_cli.simulation.viewing_files import write_stimuli_and_truth
-
+def write_simulated_group(root: Path, settings: SimulateSettings) -> UnitResult:
+    """Write the tables and the truth of everybody: pictures and captions of viewers, reports of patients."""
+    (_, write), own = _files_of(settings)
     labels = {index: _label(settings, index) for index in _indices(settings)}
-    written = write_stimuli_and_truth(root, settings.viewing, labels=labels, seed=settings.seed, effect=settings.effect)
+    written = write(root, own, labels=labels, seed=settings.seed, effect=settings.effect)
     return UnitResult(outputs=tuple(written), seed=settings.seed)
 
 
-def write_mri_person(root: Path, settings: SimulateSettings, index: int) -> UnitResult:
-    """Write one patient's scans and lesion mask."""
-    from brainfm_cli.simulation.mri_files import write_patient
+def _files_of(settings: SimulateSettings) -> tuple[tuple[Callable[..., list[Path]], Callable[..., list[Path]]], Frozen]:
+    """What writes one person and the whole group of a kind that has files of its own, and its settings."""
+    if settings.kind == "viewing":
+        from brainfm_cli.simulation.viewing_files import write_stimuli_and_truth, write_viewer
 
-    written = write_patient(
-        root, settings.mri, label=_label(settings, index), seed=settings.seed, index=index, effect=settings.effect
-    )  # fmt: skip
-    return UnitResult(outputs=tuple(written), seed=settings.seed)
+        return (write_viewer, write_stimuli_and_truth), settings.viewing
+    from brainfm_cli.simulation.mri_files import write_patient, write_tables
 
-
-def write_mri_group(root: Path, settings: SimulateSettings) -> UnitResult:
-    """Write participants, reports and truth of all patients."""
-    from brainfm_cli.simulation.mri_files import write_tables
-
-    labels = {index: _label(settings, index) for index in _indices(settings)}
-    written = write_tables(root, settings.mri, labels=labels, seed=settings.seed, effect=settings.effect)
-    return UnitResult(outputs=tuple(written), seed=settings.seed)
+    return (write_patient, write_tables), settings.mri
 
 
 def write_group(root: Path, settings: SimulateSettings, datasets: Datasets) -> UnitResult:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from brainfm_cli.systems.mri_language.cam import CamMethod
     from brainfm_cli.systems.mri_language.outcomes import StudyTask
 
-_NOTE = "not for clinical use"
+NOT_CLINICAL = "not for clinical use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def write_cams(explained: Explained, cohort: SliceCohort, label: str, root: Path
         inside = head.chances[1] > 0.5
         drawn = explained.truth.labels(label, cam.reference.name)
         mask = None if drawn is None or not (drawn > 0).any() else drawn > 0
-        path = cam.save_values(cam.chances[1] * inside, _volume(root, label, cam.reference))
+        path = cam.save_values(cam.chances[1] * inside, beside_scan(root, label, cam.reference, "cam"))
         stem = path.name.partition(".")[0]
         found: Localisation | None = None if mask is None else localise(cam.chances[1], mask, inside)
         scores = {
@@ -71,10 +71,11 @@ def write_cams(explained: Explained, cohort: SliceCohort, label: str, root: Path
         described = {
             "SpatialReference": f"bids::{cam.reference.path}", "Sources": list(cam.scans),
             "Method": explained.method,
-            "Description": f"Where the last convolution map speaks for the answer, 0 to 1 over the study; {_NOTE}", **scores,
+            "Description": f"Where the last convolution map speaks for the answer, 0 to 1 over the study; {NOT_CLINICAL}", **scores,
         }  # fmt: skip
-        axis = {"sagittal": 0, "coronal": 1, "axial": 2}[cam.reference.grid["plane"]]
-        picture = cam_picture(image.chances[1], cam.chances[1] * inside, mask, axis=axis, title=f"{cam.reference.name}; {_NOTE}")
+        picture = cam_picture(
+            image.chances[1], cam.chances[1] * inside, mask, axis=cam.reference.normal, title=f"{cam.reference.name}; {NOT_CLINICAL}"
+        )
         files += [
             path,
             write_json(path.with_name(f"{stem}.json"), described),
@@ -88,9 +89,11 @@ def _rounded(value: Any) -> Any:  # noqa: ANN401  (numbers, flags or none)
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _volume(root: Path, label: str, scan: PackedScan) -> Path:
+def beside_scan(root: Path, label: str, scan: PackedScan, kind: str) -> Path:
+    """Where an image of ``kind`` in the grid of a scan is written."""
     entities, suffix, _ = parse_name(f"{scan.name}.nii.gz")
+    # scans of other grids would have the same name: the space is that of the scan named by its suffix
     kept = {key: value for key, value in entities.items() if key != "desc"}
-    name = output_name("cam", {**kept, "space": entities.get("space", suffix)})
+    name = output_name(kind, {**kept, "space": entities.get("space", suffix)})
     session = f"ses-{scan.session}" if scan.session else ""
     return root / f"sub-{label}" / session / Path(scan.path).parent.name / name

@@ -34,15 +34,14 @@ from brainfm_cli.systems.mri_language.lesion_scores import (
     MEAN_MASK,
     TWIN_DECODER,
     Chances,
-    chances_of,
+    fit_lesions,
     lesion_rows,
     lesion_scores,
     masked_people,
     mean_chances,
-    smallest_lesion,
 )
-from brainfm_cli.systems.mri_language.questions import Question, class_question, survival_question
-from brainfm_cli.systems.mri_language.tuning import fit_segmenter, random_twin
+from brainfm_cli.systems.mri_language.questions import Question, question_of
+from brainfm_cli.systems.mri_language.tuning import random_twin
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -125,9 +124,7 @@ def _check(settings: PredictSettings) -> None:
 
 def _question(task: ScanTask, cohort: SliceCohort, chosen: Sequence[str]) -> Question:
     place = str(cohort.root / "participants.tsv")
-    if task.task == "survival":
-        return survival_question(cohort.participants, task.follow_up, chosen, place)
-    return class_question(cohort.participants, str(task.target), task.coding, chosen, place, graded=task.task == "grading")
+    return question_of(task, cohort.participants, chosen, place)
 
 
 def _strata(task: ScanTask, cohort: SliceCohort, chosen: Sequence[str]) -> tuple[dict[str, str], Question | None]:
@@ -230,8 +227,7 @@ def _lesions(
         encoders[TWIN_DECODER] = random_twin(system, seed=seed).model.encoder
     fits: dict[str, tuple[Chances, int]] = {}
     for number, (name, encoder) in enumerate(encoders.items()):
-        segmenter, _ = fit_segmenter(encoder, cohort, people, scans.schedule.plan(seed), folder=checkpoints / str(number), **shared)
-        fits[name] = (chances_of(segmenter, cohort), smallest_lesion(segmenter, cohort, people.role("validation"), truth))
+        fits[name] = fit_lesions(encoder, cohort, people, scans.schedule.plan(seed), truth, folder=checkpoints / str(number), **shared)[2]
     fits[MEAN_MASK] = (mean_chances(cohort, people.role("train"), values), 0)
     rows = lesion_rows(fits, cohort, people.role("test"), values, truth)
     return [{str(key): value for key, value in row.items()} for row in rows.astype(object).where(rows.notna(), None).to_dict("records")]

@@ -16,7 +16,7 @@ from rich.console import Console
 from brainfm_cli.bids.cohort import read_participants
 from brainfm_cli.bids.derivatives import OutputDataset, write_json, write_tsv
 from brainfm_cli.bids.inputs import choose_participants
-from brainfm_cli.bids.names import output_name, parse_name
+from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.people import find_participants_table
 from brainfm_cli.bids.scans import study_files
 from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
@@ -31,7 +31,7 @@ from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.signals.drawn_lesions import DrawnLesions
 from brainfm_cli.signals.segmentations import native_chances, to_labels
 from brainfm_cli.signals.slice_packing import SliceSettings, pack_participant
-from brainfm_cli.stages.predict.scan_cam import Explained, write_cams
+from brainfm_cli.stages.predict.scan_cam import NOT_CLINICAL, Explained, beside_scan, write_cams
 from brainfm_cli.systems.mri_language import MriLanguage
 from brainfm_cli.systems.mri_language.adaptation import load_adapted
 from brainfm_cli.systems.mri_language.classification import encode_studies, load_head, study_scores
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 _SHOWN_SLICES = 5
 _FEATURES = 3  # class token, mean and maximum
-NOT_CLINICAL = "not for clinical use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +270,7 @@ def _lesions(tuned: _Tuned, cohort: SliceCohort, label: str, root: Path) -> tupl
     found: list[dict[str, Any]] = []
     for grid in native_chances(cohort.scans(label), partial(_chances, tuned.segmenter, cohort, label)):
         labels = to_labels(grid.chances, tuned.segmenter.values, smallest=tuned.record.smallest_lesion)
-        image = grid.save(labels, _segmentation(root, label, grid.reference))
+        image = grid.save(labels, beside_scan(root, label, grid.reference, "lesions"))
         stem = image.with_name(image.name.partition(".")[0])
         described = {"SpatialReference": f"bids::{grid.reference.path}", "Sources": list(grid.scans), "Manual": False, "Description": f"Lesions by brainfm, {NOT_CLINICAL}"}  # fmt: skip
         names = pd.DataFrame({"index": [0, *tuned.record.labels], "name": ["no lesion", *tuned.record.labels.values()]})
@@ -283,16 +282,6 @@ def _lesions(tuned: _Tuned, cohort: SliceCohort, label: str, root: Path) -> tupl
 
 def _chances(segmenter: ScanSegmenter, cohort: SliceCohort, label: str, scan: PackedScan) -> NDArray[Any]:
     return lesion_chances(segmenter, cohort, label, scan.name)
-
-
-def _segmentation(root: Path, label: str, scan: PackedScan) -> Path:
-    entities, suffix, _ = parse_name(f"{scan.name}.nii.gz")
-    # scans of other grids would have the same name: the space is that of the scan named by its suffix
-    name = output_name(
-        "lesions", {**{key: value for key, value in entities.items() if key != "desc"}, "space": entities.get("space", suffix)}
-    )
-    session = f"ses-{scan.session}" if scan.session else ""
-    return root / f"sub-{label}" / session / Path(scan.path).parent.name / name
 
 
 def write_table(root: Path, files: tuple[Path, ...], record: ScanTuningRecord) -> UnitResult:

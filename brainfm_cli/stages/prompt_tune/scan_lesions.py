@@ -12,15 +12,14 @@ from brainfm_cli.systems.mri_language.lesion_scores import (
     MEAN_MASK,
     TWIN_DECODER,
     Chances,
-    chances_of,
+    fit_lesions,
     lesion_rows,
     lesion_scores,
     masked_people,
     mean_chances,
-    smallest_lesion,
 )
 from brainfm_cli.systems.mri_language.segmentation import DECODER_FILE
-from brainfm_cli.systems.mri_language.tuning import fit_segmenter, random_twin
+from brainfm_cli.systems.mri_language.tuning import random_twin
 
 if TYPE_CHECKING:
     from brainfm_cli.learning.scan_tuning import TuningPeople
@@ -38,21 +37,20 @@ def tune_lesions(call: TuningCall) -> tuple[TuningPeople, Outcome]:
         "values": values, "augment": settings.augment, "batch_size": settings.schedule.batch_size, "execution": call.execution,
         "tune": settings.tune, "adaptation": settings.adaptation,
     }  # fmt: skip
-    segmenter, result = fit_segmenter(system.model.encoder, cohort, split, plan, folder=call.folder / "checkpoints" / "model", **shared)
     truth = DrawnLesions(raw=call.raw, mask_roots=call.mask_roots, slices=settings.slices, tolerance_mm=settings.tolerance_mm)
-    least = smallest_lesion(segmenter, cohort, split.role("validation"), truth)
-    fits: dict[str, tuple[Chances, int]] = {"model": (chances_of(segmenter, cohort), least)}
+    checkpoints = call.folder / "checkpoints"
+    segmenter, result, own = fit_lesions(system.model.encoder, cohort, split, plan, truth, folder=checkpoints / "model", **shared)
+    fits: dict[str, tuple[Chances, int]] = {"model": own}
     fits[MEAN_MASK] = (mean_chances(cohort, split.role("train"), values), 0)
     if settings.random_encoder:
         encoder = random_twin(system, seed=settings.seed).model.encoder
-        twin, _ = fit_segmenter(encoder, cohort, split, plan, folder=call.folder / "checkpoints" / "random", **shared)
-        fits[TWIN_DECODER] = (chances_of(twin, cohort), smallest_lesion(twin, cohort, split.role("validation"), truth))
+        fits[TWIN_DECODER] = fit_lesions(encoder, cohort, split, plan, truth, folder=checkpoints / "random", **shared)[2]
     rows = lesion_rows(fits, cohort, split.role("test"), values, truth)
     files = [write_tensors(call.folder / DECODER_FILE, segmenter.decoder_tensors())]
     if settings.tune != "linear":
         files.append(write_tensors(call.folder / ADAPTED_FILE, adapted_tensors(segmenter.model.encoder, settings.tune)))
     return split, Outcome(
-        record=call.record(split, target=_TARGET, labels=cohort.labels, smallest_lesion=least),
+        record=call.record(split, target=_TARGET, labels=cohort.labels, smallest_lesion=own[1]),
         scores=lesion_scores(rows, seed=settings.seed),
         people_scores=rows,
         result=result,

@@ -12,7 +12,7 @@ from brainfm_cli.stages.prompt_tune.scan_settings import Outcome, TuningCall
 from brainfm_cli.systems.mri_language.adaptation import ADAPTED_FILE, adapted_tensors
 from brainfm_cli.systems.mri_language.classification import HEAD_FILE
 from brainfm_cli.systems.mri_language.comparison import ScanFloors, answer_rows, compare_studies, score_answers
-from brainfm_cli.systems.mri_language.questions import Question, class_question, survival_question
+from brainfm_cli.systems.mri_language.questions import question_of
 
 if TYPE_CHECKING:
     from brainfm_cli.learning.scan_tuning import TuningPeople
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def tune_studies(call: TuningCall) -> tuple[TuningPeople, Outcome]:
     """Head and clinical variables on the encoder; everything is fitted on training people and chosen on validation people."""
     settings, cohort = call.settings, call.cohort
-    question = _question(call)
+    question = question_of(settings, cohort.participants, call.chosen, call.place)
     split = call.split(dict(question.strata))
     task = question.task(split.role("train"))
     coding = fit_clinical(cohort.participants, split.role("train"), settings.clinical, call.place)
@@ -55,11 +55,3 @@ def tune_studies(call: TuningCall) -> tuple[TuningPeople, Outcome]:
         files=files,
         notes=(*question.notes, *coding.notes(cohort.participants, people, call.place)),
     )
-
-
-def _question(call: TuningCall) -> Question:
-    settings, table = call.settings, call.cohort.participants
-    if settings.task == "survival":
-        return survival_question(table, settings.follow_up, call.chosen, call.place)
-    assert settings.target is not None  # noqa: S101  (checked before anything was written)
-    return class_question(table, settings.target, settings.coding, call.chosen, call.place, graded=settings.task == "grading")

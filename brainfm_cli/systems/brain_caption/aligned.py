@@ -21,7 +21,7 @@ from brainfm_cli.models.graphs import hashed_normal, hashed_uniform
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
 from brainfm_cli.models.q_former import BrainBridge, QFormerShape, same_image_contrast
 from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, choose_hidden_patches, cut_voxels
-from brainfm_cli.programs.assets import find_asset, known_assets, locate
+from brainfm_cli.programs.assets import source_of
 from brainfm_cli.systems.brain_caption.encoder import BrainCaption, BrainCaptionSettings
 
 Q_FORMERS: dict[str, QFormerShape] = {
@@ -356,16 +356,12 @@ def load_captioner(
 
 def load_language(name: str) -> CausalLanguageModel:
     """A language model by asset name or local path."""
-    if any(asset.name == name for asset in known_assets()):
-        return load_language_model(locate(find_asset(name)), name=name)
-    return load_language_model(Path(name), name=name)
+    return load_language_model(Path(source_of(name)), name=name)
 
 
 def load_sentences(name: str) -> TextEncoder:
     """A sentence encoder by asset name, folder or hub name; never another than the one asked for."""
-    if any(asset.name == name for asset in known_assets()):
-        return load_text_encoder(locate(find_asset(name)), name=name)
-    return load_text_encoder(name)
+    return load_text_encoder(source_of(name), name=name)
 
 
 def _module(

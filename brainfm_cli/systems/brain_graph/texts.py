@@ -37,7 +37,7 @@ from brainfm_cli.models.text_conditioning import (
     fit_probe,
     inverse_covariance,
 )
-from brainfm_cli.programs.assets import find_asset, known_assets, locate
+from brainfm_cli.programs.assets import source_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,9 +120,7 @@ def alignable(system: object, model: Path) -> Alignable:
 
 def load_encoder(name: str) -> TextEncoder:
     """A text encoder by asset name, folder or hub name; never another than the one asked for."""
-    if any(asset.name == name for asset in known_assets()):
-        return load_text_encoder(locate(find_asset(name)), name=name)
-    return load_text_encoder(name)
+    return load_text_encoder(source_of(name), name=name)
 
 
 def read_text(text: DisorderText, words: NetworkWords, encoder: TextEncoder) -> StatedCouplings:

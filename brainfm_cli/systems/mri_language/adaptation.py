@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.config import Frozen
 from brainfm_cli.learning.checkpoints import load_weights
-from brainfm_cli.learning.slice_samples import SliceBatch, SliceBatches
+from brainfm_cli.learning.slice_samples import SliceBatch, SliceBatches, all_slices
 from brainfm_cli.models.lora import add_low_rank, low_rank_tensors
 from brainfm_cli.models.mri_encoder import Context, MriEncoder
 from brainfm_cli.models.rivals import SliceNetwork
@@ -96,11 +96,6 @@ class NetworkReader(nn.Module):
     def forward(self, images: Tensor, context: Context) -> Tensor:  # noqa: ARG002  (as the encoder is called)
         """(slices, features) of (slices, *pixels) in [0, 1]."""
         return self.network(images)
-
-
-def _all_slices(cohort: SliceCohort) -> SliceBatches:
-    nothing = np.array([], np.int64)
-    return SliceBatches(cohort=cohort, rows=nothing, validation_rows=nothing, batch_size=1, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +187,7 @@ class DrawnStudies:
 
     @cached_property
     def _source(self) -> SliceBatches:
-        return _all_slices(self.cohort)
+        return all_slices(self.cohort)
 
 
 class _Drawn(Dataset[DrawnBatch]):

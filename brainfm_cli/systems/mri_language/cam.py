@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
-from brainfm_cli.learning.slice_samples import SliceBatches
+from brainfm_cli.learning.slice_samples import all_slices
 from brainfm_cli.models.mri_encoder import MriEncoder
 from brainfm_cli.models.study_head import GatedAttentionHead
 from brainfm_cli.systems.mri_language.classification import encode_studies, features_of
@@ -46,8 +46,7 @@ def study_cam(
     features, rows = found.slices[label], found.rows[label]
     beside = torch.from_numpy(clinical)[None]
     decided = _decided(head, features, beside) if task.kind == "classification" else 0
-    nothing = np.array([], np.int64)
-    source = SliceBatches(cohort=cohort, rows=nothing, validation_rows=nothing, batch_size=1, seed=0)
+    source = all_slices(cohort)
     maps: list[Tensor] = []
     head.eval()
     kept: list[Tensor] = []
@@ -104,8 +103,7 @@ def cam_chances(cohort: SliceCohort, rows: NDArray[np.int64], values: NDArray[np
 
     def of_scan(scan: PackedScan) -> NDArray[np.float32]:
         mine = np.flatnonzero((table["scan"].to_numpy().astype(str) == scan.name)[rows])
-        count = 1 if cohort.dims == 3 else int(scan.grid["shape"][{"sagittal": 0, "coronal": 1, "axial": 2}[scan.grid["plane"]]])
-        out = np.zeros((2, count, *cohort.item_shape), np.float32)
+        out = np.zeros((2, cohort.num_items(scan), *cohort.item_shape), np.float32)
         out[1, table["slice"].to_numpy()[rows[mine]]] = values[mine]
         out[0] = 1 - out[1]
         return out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from brainfm_cli.bids.slice_cohort import SliceCohort
-from brainfm_cli.learning.slice_samples import SliceBatches
+from brainfm_cli.learning.slice_samples import all_slices
 from brainfm_cli.models.mri_encoder import Context, MriEncoder, MriEncoding
 from brainfm_cli.models.study_head import GatedAttentionHead
 from brainfm_cli.systems.mri_language.encoder import context_of
@@ -58,7 +58,7 @@ def read_slices(reader: nn.Module, cohort: SliceCohort, people: Sequence[str]) -
     """(slices, features) of what a reader makes of every slice; people without slices are left out."""
     device = next(reader.parameters()).device
     reader.eval()
-    source = SliceBatches(cohort=cohort, rows=np.array([], np.int64), validation_rows=np.array([], np.int64), batch_size=1, seed=0)
+    source = all_slices(cohort)
     names = cohort.slices["participant"].to_numpy().astype(str)
     slices, rows = {}, {}
     for label in people:

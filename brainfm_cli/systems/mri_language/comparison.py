@@ -159,8 +159,3 @@ def answer_rows(
                 }
             rows.append(row)
     return rows
-
-
-def no_clinical(people: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """No variable for anybody."""
-    return {label: np.zeros(0, np.float32) for label in people}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm_cli.bids.slice_cohort import SliceCohort
+from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
 
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
 NUMBERS = ("mean", "SD", *(f"quantile {share:g}" for share in _QUANTILES), "bright share", "dark share", "asymmetry", "head volume")
@@ -28,7 +27,7 @@ def image_numbers(cohort: SliceCohort, people: Sequence[str]) -> dict[str, NDArr
 def _numbers(cohort: SliceCohort, label: str, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     if not len(rows):
         return np.full(len(NUMBERS), np.nan)
-    sizes = {scan.name: _pixel_ml(scan.grid, cohort) for scan in cohort.scans(label)}
+    sizes = {scan.name: _pixel_ml(scan, cohort) for scan in cohort.scans(label)}
     counts = np.zeros(256)
     volume, uneven, total = 0.0, 0.0, 0.0
     scans = cohort.slices["scan"].to_numpy().astype(str)
@@ -49,9 +48,9 @@ def _numbers(cohort: SliceCohort, label: str, rows: NDArray[np.int64]) -> NDArra
     return np.array([mean, spread, *quantiles, bright, dark, uneven / max(total, 1.0), volume / len(set(scans[rows]))])
 
 
-def _pixel_ml(grid: Mapping[str, Any], cohort: SliceCohort) -> float:
+def _pixel_ml(scan: PackedScan, cohort: SliceCohort) -> float:
     """Volume of a pixel, in millilitres: the side of the padded square or cube over its pixels, and the distance of slices."""
-    normal = {"sagittal": 0, "coronal": 1, "axial": 2}[grid["plane"]]
+    grid, normal = scan.grid, scan.normal
     cut = [axis for axis in range(3) if cohort.dims == 3 or axis != normal]
     pixel = max(grid["shape"][axis] * grid["voxel_mm"][axis] for axis in cut) / cohort.size
     return float(pixel**2 * (pixel if cohort.dims == 3 else grid["voxel_mm"][normal]) / 1000)

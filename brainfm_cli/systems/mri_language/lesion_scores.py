@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,12 @@ from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.scan_tuning import NO_SCORES, mean_scores
 from brainfm_cli.learning.segmentation import score_masks
 from brainfm_cli.systems.mri_language.segmentation import SMALLEST_LESIONS, ScanSegmenter, lesion_chances
-from brainfm_cli.systems.mri_language.tuning import MeanMask, fit_mean_mask
+from brainfm_cli.systems.mri_language.tuning import MeanMask, fit_mean_mask, fit_segmenter
+
+if TYPE_CHECKING:
+    from brainfm_cli.learning.loop import TrainingPlan, TrainingResult
+    from brainfm_cli.learning.scan_tuning import TuningPeople
+    from brainfm_cli.models.mri_encoder import MriEncoder
 
 Grid = TypeVar("Grid", bound="NativeGrid")
 Chances = Callable[[str, PackedScan], NDArray[np.float32]]
@@ -85,8 +90,7 @@ def mean_chances(cohort: SliceCohort, people: Sequence[str], values: Sequence[in
     def chances(label: str, scan: PackedScan) -> NDArray[np.float32]:
         table = cohort.slices
         rows = np.flatnonzero(((table["participant"] == label) & (table["scan"] == scan.name)).to_numpy())
-        count = 1 if cohort.dims == 3 else int(scan.grid["shape"][{"sagittal": 0, "coronal": 1, "axial": 2}[scan.grid["plane"]]])
-        out = np.zeros((classes, count, *cohort.item_shape), np.float32)
+        out = np.zeros((classes, cohort.num_items(scan), *cohort.item_shape), np.float32)
         out[0] = 1
         out[:, table["slice"].to_numpy()[rows]] = mean.chances(
             scan.grid["plane"], table["z_mm"].to_numpy()[rows], classes, cohort.item_shape
@@ -132,10 +136,7 @@ def _score_person(
     cohort: SliceCohort, label: str, chances: Chances, values: Sequence[int], smallest: int, truth: NativeTruth[Grid]
 ) -> list[dict[str, Any]]:
     rows = []
-    for grid in truth.grids([scan for scan in cohort.scans(label) if scan.mask is not None], lambda scan: chances(label, scan)):
-        observed = truth.labels(label, grid.reference.name)
-        if observed is None:
-            continue
+    for grid, observed in _drawn(cohort, label, chances, truth):
         predicted = truth.decide(grid, values, smallest=smallest)
         found = score_masks(predicted > 0, observed > 0, voxel_mm=grid.voxel_mm, tolerance_mm=truth.tolerance_mm)
         row: dict[str, Any] = {"grid": grid.reference.name, **{name: one.value for name, one in found.items()}}
@@ -144,15 +145,32 @@ def _score_person(
     return rows
 
 
+def _drawn(cohort: SliceCohort, label: str, chances: Chances, truth: NativeTruth[Grid]) -> Iterator[tuple[Grid, NDArray[np.uint8]]]:
+    """Probabilities on every native grid of a person on which something was drawn, and what."""
+    for grid in truth.grids([scan for scan in cohort.scans(label) if scan.mask is not None], partial(chances, label)):
+        observed = truth.labels(label, grid.reference.name)
+        if observed is not None:
+            yield grid, observed
+
+
+def fit_lesions(
+    encoder: MriEncoder,
+    cohort: SliceCohort,
+    people: TuningPeople,
+    plan: TrainingPlan,
+    truth: NativeTruth[Grid],
+    **fit: Any,  # noqa: ANN401
+) -> tuple[ScanSegmenter, TrainingResult, tuple[Chances, int]]:
+    """A decoder of :func:`~brainfm_cli.systems.mri_language.tuning.fit_segmenter`, its chances, and the smallest lesion to keep of them."""
+    segmenter, result = fit_segmenter(encoder, cohort, people, plan, **fit)
+    return segmenter, result, (chances_of(segmenter, cohort), smallest_lesion(segmenter, cohort, people.role("validation"), truth))
+
+
 def smallest_lesion(segmenter: ScanSegmenter, cohort: SliceCohort, people: Sequence[str], truth: NativeTruth[Grid]) -> int:
     """Voxels below which predicted lesions are dropped, for the best Dice of these (validation) people."""
     dice: dict[int, list[float]] = {size: [] for size in SMALLEST_LESIONS}
     for label in people:
-        scans = [scan for scan in cohort.scans(label) if scan.mask is not None]
-        for grid in truth.grids(scans, partial(chances_of(segmenter, cohort), label)):
-            observed = truth.labels(label, grid.reference.name)
-            if observed is None:
-                continue
+        for grid, observed in _drawn(cohort, label, chances_of(segmenter, cohort), truth):
             for size in SMALLEST_LESIONS:
                 predicted = truth.decide(grid, segmenter.values, smallest=size) > 0
                 both = int(predicted.sum()) + int((observed > 0).sum())

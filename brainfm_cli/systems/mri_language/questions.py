@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import pandas as pd
 
@@ -58,6 +59,34 @@ class Question:
         assert self.follow_up is not None  # noqa: S101  (a question is one or the other)
         assert self.settings is not None  # noqa: S101
         return self.follow_up, self.settings
+
+
+class Asked(Protocol):
+    """What settings say of a task."""
+
+    @property
+    def task(self) -> str:
+        """classification, grading or survival."""
+
+    @property
+    def target(self) -> str | None:
+        """Column of a class or grade."""
+
+    @property
+    def coding(self) -> TargetSettings:
+        """How that column is read."""
+
+    @property
+    def follow_up(self) -> FollowUpSettings:
+        """Columns of survival."""
+
+
+def question_of(asked: Asked, table: pd.DataFrame, people: Sequence[str], place: str | None) -> Question:
+    """The question of a task; raises what :func:`class_question` and :func:`survival_question` do."""
+    if asked.task == "survival":
+        return survival_question(table, asked.follow_up, people, place)
+    assert asked.target is not None  # noqa: S101  (checked before anything was written)
+    return class_question(table, asked.target, asked.coding, people, place, graded=asked.task == "grading")
 
 
 def class_question(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.learning.checkpoints import read_tensors
 from brainfm_cli.learning.image_objectives import dice_and_entropy
-from brainfm_cli.learning.slice_samples import SliceBatch, SliceBatches
+from brainfm_cli.learning.slice_samples import SliceBatch, all_slices
 from brainfm_cli.models.mri_decoder import MriSegmenter
 from brainfm_cli.models.mri_encoder import MriEncoder
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings, make_view, plain_view
@@ -133,11 +133,10 @@ def lesion_chances(
     """(1 + lesion classes, items of the whole scan, *pixels) probabilities on the scan's slice grid; slices that were left out count as no lesion."""
     model, table = segmenter.model.eval(), cohort.slices
     mine = np.flatnonzero(((table["participant"] == participant) & (table["scan"] == scan)).to_numpy())
-    grid = next(one.grid for one in cohort.scans(participant) if one.name == scan)
-    count = 1 if cohort.dims == 3 else int(grid["shape"][{"sagittal": 0, "coronal": 1, "axial": 2}[grid["plane"]]])
+    count = cohort.num_items(next(one for one in cohort.scans(participant) if one.name == scan))
     chances = np.zeros((1 + len(segmenter.values), count, *cohort.item_shape), np.float32)
     chances[0] = 1
-    source = SliceBatches(cohort=cohort, rows=mine, validation_rows=np.array([], np.int64), batch_size=batch_size, seed=0)
+    source = all_slices(cohort)
     device = next(model.parameters()).device
     for start in range(0, len(mine), batch_size):
         part = mine[start : start + batch_size]
