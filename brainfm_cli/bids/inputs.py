@@ -1,8 +1,8 @@
 """Find what a derivative holds: its kind, its participants, and one participant's preprocessed runs.
 
-Participants are listed with one directory scan. The runs of one participant come from pybids on that participant's
-tree alone, in memory: never a shared database, and nothing is written into the input. Series that another program
-has already parcellated are found in :mod:`brainfm_cli.bids.series_inputs`.
+Participants are listed with one directory scan, the runs of one participant by a walk through that participant's tree alone;
+filters of the user are answered by pybids on that tree, in memory: never a shared database, and nothing is written into the input.
+Series that another program has already parcellated are found in :mod:`brainfm_cli.bids.series_inputs`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Kind = Literal["images", "series", "cohort"]
 SPACE_ORDER = ("MNI152NLin2009cAsym", "MNI152NLin6Asym", "MNI152NLin2009aSym", "MNI152NLin6Sym", "fsLR")
 UNINDEXABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError)
 """What pybids raises on files of others: it trusts JSON to be an object that is not nested deeply."""
+_ASIDE = frozenset({"anat", "fmap", "dwi"})
 _IMAGES = (".nii.gz", ".nii", ".dtseries.nii")
 _READ = re.compile(r"_(bold|mask|timeseries|regressors|coverage|motion|outliers)\.(nii|nii\.gz|dtseries\.nii|tsv|json)$")
 _LONG = {"subject": "sub", "session": "ses", "acquisition": "acq", "ceagent": "ce", "reconstruction": "rec", "direction": "dir", "segmentation": "seg"}  # fmt: skip
@@ -205,7 +206,7 @@ def find_runs(root: Path, label: str, selection: Selection, *, space: str | None
 
 @dataclass(frozen=True, kw_only=True)
 class _Image:
-    """A preprocessed image that pybids found."""
+    """A preprocessed image."""
 
     path: Path
     """Where it is."""
@@ -217,18 +218,66 @@ class _Image:
 
 def _index(root: Path, label: str, selection: Selection) -> tuple[list[_Image], list[Path]]:
     """The images of one participant that match the filters, and all of its files."""
+    folder = root / f"sub-{label}"
+    files = [path for path in walk_files(folder) if _ASIDE.isdisjoint(path.relative_to(folder).parts)]
+    filters = read_filters(selection, "bold")
+    chosen = _filtered(root, label, filters, selection) if filters else [path for path in files if _is_run(path)]
+    sidecars = [path for path in (*root_sidecars(root), *files) if path.suffix == ".json"]
+    images = [
+        _Image(path=path, entities=parse_name(path.name)[0], repetition_time=_inherited("RepetitionTime", path, sidecars))
+        for path in chosen
+    ]
+    return images, files
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a name is that of a preprocessed run; without desc-preproc only CIFTI is one: a plain _bold.nii.gz is raw data."""
+    entities, suffix, extension = parse_name(path.name)
+    return suffix == "bold" and extension in _IMAGES and entities.get("desc", extension) in {"preproc", ".dtseries.nii"}
+
+
+def _inherited(key: str, image: Path, sidecars: Sequence[Path]) -> Any:  # noqa: ANN401
+    """A value of an image's metadata by BIDS's inheritance: of the nearest and most specific sidecar that states it; none where none does."""
+    entities, suffix, _ = parse_name(image.name)
+    above = {folder: depth for depth, folder in enumerate(image.parents)}
+    ranked = []
+    for path in sidecars:
+        theirs, kind, _ = parse_name(path.name)
+        if kind == suffix and path.parent in above and theirs.items() <= entities.items():
+            ranked.append((above[path.parent], -len(theirs), path))
+    for *_, path in sorted(ranked):
+        try:
+            values = dict(read_json(path))
+        except UNINDEXABLE as error:
+            raise InputDatasetError(
+                f"the sidecar is unreadable: {error}", where=path, fix="a sidecar must be valid JSON of an object"
+            ) from error
+        if key in values:
+            return values[key]
+    return None
+
+
+def _filtered(root: Path, label: str, filters: Mapping[str, Any], selection: Selection) -> list[Path]:
+    """Images of one participant that pybids finds by the user's filters, which may name any entity and metadata that pybids knows.
+
+    pybids is imported for them alone: it takes half of the start of a process.
+    """
+    from bids.layout import Query
+
+    special = {None: Query.NONE, "*": Query.ANY}
+    wanted = {name: special.get(value, value) if value is None or isinstance(value, str) else value for name, value in filters.items()}
+    defaults: dict[str, Any] = {"suffix": "bold", "extension": list(_IMAGES), "desc": ["preproc", Query.NONE]}
     with tempfile.TemporaryDirectory(prefix="brainfm-") as folder:
         window = Path(folder)
         layout = _layout(root, label, window)
-
-        def real(file: Any) -> Path:  # noqa: ANN401
-            return root / Path(file.path).relative_to(window)
-
-        images = [
-            _Image(path=real(file), entities=parse_name(real(file).name)[0], repetition_time=file.entities.get("RepetitionTime"))
-            for file in _query(layout, label, selection)
-        ]
-        return images, [real(file) for file in layout.get(subject=label)]
+        try:
+            found = layout.get(**{**defaults, **wanted, "subject": label})
+        except (ValueError, TypeError) as error:
+            raise SettingsError(
+                f"the filters of 'bold' are not understood: {error}", where=selection.bids_filter_file, fix="use pybids entity names"
+            ) from error
+        runs = [file.path for file in found if "desc" in file.entities or file.path.endswith(".dtseries.nii")]
+        return [root / Path(path).relative_to(window) for path in runs]
 
 
 def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybids has no types)
@@ -238,7 +287,7 @@ def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybi
     for name in (f"sub-{label}", "dataset_description.json", *(path.name for path in root_sidecars(root))):
         if (root / name).exists():
             (window / name).symlink_to((root / name).absolute())
-    ignored = [re.compile(r"/\."), re.compile(r"/(figures|log|anat|fmap|dwi)(/|$)")]
+    ignored = [re.compile(r"/\."), re.compile(rf"/(figures|log|{'|'.join(sorted(_ASIDE))})(/|$)")]
     indexer = BIDSLayoutIndexer(validate=False, ignore=ignored)
     try:
         return BIDSLayout(window, validate=False, is_derivative=True, config=["bids", "derivatives"], indexer=indexer)
@@ -247,22 +296,6 @@ def _layout(root: Path, label: str, window: Path) -> Any:  # noqa: ANN401  (pybi
             f"the files of sub-{label} cannot be indexed: {error}".replace(str(window), str(root)), where=root,
             fix="mend the named JSON file; a sidecar must be valid JSON",
         ) from error  # fmt: skip
-
-
-def _query(layout: Any, label: str, selection: Selection) -> list[Any]:  # noqa: ANN401
-    from bids.layout import Query
-
-    special = {None: Query.NONE, "*": Query.ANY}
-    filters = {name: special.get(value, value) if value is None or isinstance(value, str) else value for name, value in read_filters(selection, "bold").items()}  # fmt: skip
-    defaults: dict[str, Any] = {"suffix": "bold", "extension": list(_IMAGES), "desc": ["preproc", Query.NONE]}
-    try:
-        found = layout.get(**{**defaults, **filters, "subject": label})
-    except (ValueError, TypeError) as error:
-        raise SettingsError(
-            f"the filters of 'bold' are not understood: {error}", where=selection.bids_filter_file, fix="use pybids entity names"
-        ) from error
-    # Without desc-preproc only CIFTI is a preprocessed run: a plain _bold.nii.gz is raw data.
-    return [file for file in found if "desc" in file.entities or file.path.endswith(".dtseries.nii")]
 
 
 def _choose(key: RunKey, images: Sequence[_Image], space: str | None, resolution: str | None) -> _Image:
