@@ -53,6 +53,7 @@ OUTPUTS: dict[str, OutputName] = {
     "trials": OutputName("trials", ".tsv", "func", "what was shown in each volume of the single-trial map", (("desc", "singletrial"),)),
     "trial_mask": OutputName("mask", ".nii.gz", "func", "voxels whose single-trial responses are used"),
     "caption": OutputName("caption", ".json", "", "what a model says that a participant saw", (("desc", "brainfm"),)),
+    "report": OutputName("report", ".json", "", "what a model writes of one participant's study, with what was measured", (("desc", "brainfm"),)),
     "prediction": OutputName("prediction", ".json", "", "what a model says of one participant", (("desc", "brainfm"),)),
     "survival": OutputName("survival", ".tsv", "", "what a model says of one participant's risk over time", (("desc", "brainfm"),)),
     "cam": OutputName("statmap", ".nii.gz", "anat", "where a scan speaks for the answer (class activation map), in the grid of the scan", (("desc", "cam"),)),
@@ -81,6 +82,7 @@ FILES: dict[str, str] = {
     "locked_predictions.json": "date, model and hashes of that lock; lock_sha256 covers the table and everything else here (docs/reader_study.md)",
     "reader_study.json": "predict group --reader-study: doctors with and without the model, with intervals and p values (docs/reader_study.md)",
     "captions.tsv": "caption group: what was said beside what people said",
+    "reports.tsv": "caption group: reports that a model and its floors wrote",
     "report.html": "the same for people",
 }
 """Files of an output folder that are no images or tables of one participant."""

@@ -169,6 +169,12 @@ class SliceCohort:
         return sorted(map(str, self.slices["participant"].unique()))
 
     @property
+    def dataset_of(self) -> dict[str, str]:
+        """Name of the dataset each participant comes from."""
+        first = self.slices.drop_duplicates("participant")
+        return {str(label): str(name) for label, name in zip(first["participant"], first["dataset"], strict=True)}
+
+    @property
     def item_shape(self) -> tuple[int, ...]:
         """Pixels of one item."""
         return (self.size,) * self.dims

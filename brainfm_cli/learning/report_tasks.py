@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from brainfm_cli.bids.reports import Conversation
+from brainfm_cli.bids.reports import Conversation, StudyReport
 from brainfm_cli.learning.radiology_reports import Finding, affirmed, parse_report, plain_words, said_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from brainfm_cli.bids.reports import StudyReport
     from brainfm_cli.signals.lesions import LesionFacts
 
 REPORT = "Write the findings and the impression of this study."
@@ -89,33 +86,35 @@ def conversations_of(participant: str, report: StudyReport, facts: LesionFacts |
 def closed_answer(question: str, said: str) -> str:
     """The answer to a closed question as one word of the lexicon: yes or no, a disease, a side, a place; empty where there is none."""
     if question == PRESENT:
-        return "no" if said.strip().lower().startswith("no") else "yes" if said.strip().lower().startswith("yes") else ""
-    found = parse_report(said if question == DISEASE else f"lesion: {said}")
-    finding = next((one for one in found if not one.negated), None)
-    if finding is None:
-        return ""
-    if question == DISEASE:
-        return finding.disease
-    return (finding.side or "") if question == SIDE else (finding.places[0] if finding.places else "")
+        return next((word for word in ("no", "yes") if said.strip().lower().startswith(word)), "")
+    found = affirmed(parse_report(said if question == DISEASE else f"lesion: {said}"))
+    return _word(question, found[0] if found else None)
 
 
 def closed_truth(question: str, report: str) -> str:
     """The right answer to a closed question by a report; empty where the report does not say."""
     finding = main_finding(report)
-    if question == PRESENT:
-        return "no" if finding is None else "yes"
+    return ("no" if finding is None else "yes") if question == PRESENT else _word(question, finding)
+
+
+def _word(question: str, finding: Finding | None) -> str:
     if finding is None:
         return ""
-    if question == DISEASE:
-        return finding.disease
-    return (finding.side or "") if question == SIDE else (finding.places[0] if finding.places else "")
+    return {DISEASE: finding.disease, SIDE: finding.side or "", PLACE: finding.places[0] if finding.places else ""}[question]
 
 
-def common_report(reports: Sequence[StudyReport], facts: LesionFacts | None, disease: str) -> str:
-    """The floor that knows the measured facts and the commonest disease, and has seen no image."""
-    from brainfm_cli.learning.radiology_reports import write_report
+def restated(report: StudyReport) -> StudyReport:
+    """What the parser finds in a report, in English; findings beyond the lexicon are lost."""
+    there = affirmed(parse_report(report.text))
+    if not there:
+        return StudyReport(findings="No lesion is seen.", impression="No lesion.", language="en")
+    statements = [statement_of(one) for one in there]
+    told = " ".join(f"{said}{_measured(one)}" for said, one in zip(statements, there, strict=True))
+    return StudyReport(findings=told, impression=" ".join(dict.fromkeys(statements)), language="en")
 
-    if facts is None:
-        return report_answer(reports[0])
-    written = write_report(facts, disease=disease)
-    return f"Findings: {written.findings} Impression: {written.impression}"
+
+def _measured(finding: Finding) -> str:
+    length = "" if finding.longest_mm is None else f" It measures up to {finding.longest_mm:.0f} mm"
+    volume = "" if finding.volume_ml is None else f"{', with' if length else ' It has'} a volume of {finding.volume_ml:.2f} mL"
+    signals = "".join(f" It is {signal} on {name}." for name, signal in finding.signals if name)
+    return f"{length}{volume}{'.' if length or volume else ''}{signals}"

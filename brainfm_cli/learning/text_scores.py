@@ -200,7 +200,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> T
         recall = max(length / total for length, total in shared)
         if precision and recall:
             values[place] = (1 + _ROUGE_BETA**2) * precision * recall / (recall + _ROUGE_BETA**2 * precision)
-    return _mean_of("ROUGE-L", "longest sequence of words shared with a reference, as F score with β 1.2", values)
+    return mean_of("ROUGE-L", "longest sequence of words shared with a reference, as F score with β 1.2", values)
 
 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]], *, documents: Sequence[Sequence[str]] | None = None) -> TextScore:
@@ -219,7 +219,7 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]], *, doc
         frequency.update({gram for one in said for gram in _grams(tokenise(one))})
     weigh = _TfIdf(frequency, len(counted))
     values = np.array([weigh.agreement(text, said) for text, said in zip(candidates, references, strict=True)])
-    return _mean_of(label, meaning, values)
+    return mean_of(label, meaning, values)
 
 
 class _TfIdf:
@@ -265,7 +265,7 @@ def sentence_cosine(candidates: NDArray[np.float64], references: Sequence[NDArra
         raise InputDatasetError("vectors of texts and references do not belong together", fix="encode both with the same encoder")
     own, others = _unit(candidates), [_unit(one) for one in references]
     values = np.array([float((other @ one).mean()) for one, other in zip(own, others, strict=True)])
-    return _mean_of(f"sentence cosine ({encoder})", "cosine of sentence vectors, mean over the references of an item", values)
+    return mean_of(f"sentence cosine ({encoder})", "cosine of sentence vectors, mean over the references of an item", values)
 
 
 def clip_score(pictures: NDArray[np.float64], texts: NDArray[np.float64], *, encoder: str) -> TextScore:
@@ -273,7 +273,7 @@ def clip_score(pictures: NDArray[np.float64], texts: NDArray[np.float64], *, enc
     if pictures.shape != texts.shape or pictures.ndim != 2:
         raise InputDatasetError(f"vectors of pictures {pictures.shape} and of texts {texts.shape}", fix="encode both with the same encoder")
     values = 2.5 * np.maximum(0.0, np.sum(_unit(pictures) * _unit(texts), axis=1))
-    return _mean_of(f"CLIPScore ({encoder})", "agreement of text and picture in the view of a vision-language encoder, 0 to 2.5", values)
+    return mean_of(f"CLIPScore ({encoder})", "agreement of text and picture in the view of a vision-language encoder, 0 to 2.5", values)
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -303,13 +303,13 @@ def retrieval(similarity: NDArray[np.floating], own: Sequence[int], *, top: Sequ
     """top_k, mean_rank and percentile among n candidates of (items, candidates) similarity; by chance k/n, (n + 1)/2 and ½."""
     ranks, number = own_ranks(similarity, own), similarity.shape[1]
     found = {
-        f"top_{k}": _mean_of(f"own among the first {k} of {number}", f"chance {k / number:.4g}", (ranks <= k).astype(np.float64))
+        f"top_{k}": mean_of(f"own among the first {k} of {number}", f"chance {k / number:.4g}", (ranks <= k).astype(np.float64))
         for k in top
         if k < number
     }
-    found["mean_rank"] = _mean_of(f"mean rank among {number}", f"1 is best, chance {(number + 1) / 2:g}", ranks)
+    found["mean_rank"] = mean_of(f"mean rank among {number}", f"1 is best, chance {(number + 1) / 2:g}", ranks)
     behind = (number - ranks) / (number - 1) if number > 1 else np.full(len(ranks), np.nan)
-    found["percentile"] = _mean_of(f"share of {number - 1} others behind", "chance 0.5; also called two-way identification", behind)
+    found["percentile"] = mean_of(f"share of {number - 1} others behind", "chance 0.5; also called two-way identification", behind)
     return found
 
 
@@ -364,7 +364,8 @@ def distinct_share(candidates: Sequence[str]) -> TextScore:
     )
 
 
-def _mean_of(label: str, meaning: str, values: NDArray[np.float64]) -> TextScore:
+def mean_of(label: str, meaning: str, values: NDArray[np.float64]) -> TextScore:
+    """A score that is the mean of (items,) values; items without a value (NaN) do not count."""
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
 

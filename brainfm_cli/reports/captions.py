@@ -39,18 +39,18 @@ def captions_page(
         Section(
             title="Scores",
             lead=f"Mean over participants, {metrics['pictures']} test pictures; 95 % intervals over pictures. What is not above the floors says nothing of the brain.",
-            blocks=(_bars(rows, first), table(_table(rows, [first, *others]))),
+            blocks=(score_bars(rows, first), table(score_table(rows, [first, *others]))),
         ),
         Section(
             title="Model less floor",
             lead="Paired over the same pictures. An interval that holds 0 is no difference.",
-            blocks=(table(_differences(rows, [first, *others])),),
+            blocks=(table(difference_table(rows, [first, *others])),),
         ),
         Section(
             title="Each participant",
             blocks=(
                 table(
-                    _table(
+                    score_table(
                         [row for row in metrics["rows"] if row["participant"] != "mean" and row["role"] != "ceiling"],
                         [first, *others],
                         people=True,
@@ -97,10 +97,11 @@ def cell(score: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['name']}, {_AVERAGE[row['average']]}" if row["role"] == "model" else str(row["name"])
+    return f"{row['name']}, {_AVERAGE[row['average']]}" if row["role"] == "model" and row["average"] else str(row["name"])
 
 
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, people: bool = False) -> pd.DataFrame:
+def score_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, people: bool = False) -> pd.DataFrame:
+    """Scores of every predictor with their intervals, with ``people`` by participant."""
     found = []
     for row in rows:
         head = ([row["participant"]] if people else []) + [_name(row), row["role"]]
@@ -108,7 +109,8 @@ def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, people: b
     return pd.DataFrame(found, columns=[*(["participant"] if people else []), "predictor", "role", *names])
 
 
-def _differences(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+def difference_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+    """The model's lead over every floor with its interval."""
     found = [[row["name"], *(cell(row["difference"].get(name)) for name in names)] for row in rows if row.get("difference")]
     return pd.DataFrame(found, columns=["floor", *names])
 
@@ -131,7 +133,8 @@ def _retrieval(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-def _bars(rows: Sequence[Mapping[str, Any]], metric: str) -> Markup:
+def score_bars(rows: Sequence[Mapping[str, Any]], metric: str, *, over: str = "pictures") -> Markup:
+    """One score of every predictor as bars, with intervals ``over`` what was resampled."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
@@ -148,6 +151,6 @@ def _bars(rows: Sequence[Mapping[str, Any]], metric: str) -> Markup:
     tidy(axis)
     return figure(
         drawing,
-        caption=f"{metric}: the model in blue, floors in grey, ceilings in orange; lines are 95 % intervals over pictures.",
+        caption=f"{metric}: the model in blue, floors in grey, ceilings in orange; lines are 95 % intervals over {over}.",
         alt=f"{metric} of the model beside its floors and ceilings",
     )

@@ -29,6 +29,7 @@ from brainfm_cli.models.language import DEFAULT_ENCODER
 from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.alignment import alignment_page
 from brainfm_cli.stages.align.captions import AlignCaptionSettings, align_captions
+from brainfm_cli.stages.align.reports import AlignReportSettings, align_reports
 from brainfm_cli.stages.align.series import SeriesAlignSettings, align_series
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.brain_graph import texts as alignment
@@ -75,9 +76,12 @@ def align(call: Invocation) -> int:
     if call.model is None:
         raise UsageError("align needs a model", fix="give --model OUT/models/<id> of 'brainfm pretrain'")
     choose_device(call.execution.device)
-    if read_model_config(call.model).system.get("kind") == "brain-caption":
+    kind = read_model_config(call.model).system.get("kind")
+    if kind == "brain-caption":
         return align_captions(call, call.model, AlignCaptionSettings.read(call.config, call.overrides))
-    if read_model_config(call.model).system.get("kind") == "drug-response":
+    if kind == "mri-language":
+        return align_reports(call, call.model, AlignReportSettings.read(call.config, call.overrides))
+    if kind == "drug-response":
         return align_series(call, call.model, SeriesAlignSettings.read(call.config, call.overrides))
     return align_texts(call, call.model, AlignSettings.read(call.config, call.overrides))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from brainfm_cli.stages.caption.tables import (
     rank_pictures,
     resample_pictures,
     score_predictors,
+    score_texts,
     show_examples,
     similarity,
 )
@@ -78,7 +80,8 @@ def write_scores(
     predictors = [*_models(said), *_floors(loaded, said, settings, vectors), *_ceilings(loaded, said, truth)]
     names = sorted({row["stimulus"] for one in said.values() for row in one["captions"]})
     counts = resample_pictures(len(names), settings.bootstraps, settings.seed)
-    scored = score_predictors(loaded.cohort, loaded.sentences, predictors, names, counts)
+    references = {name: one.captions for name, one in loaded.cohort.stimuli.items()}
+    scored = score_predictors(partial(score_texts, loaded.sentences), references, predictors, names, counts)
     metrics: dict[str, Any] = {
         "model": model.name,
         "role": settings.role,
@@ -103,7 +106,7 @@ def write_scores(
     )  # fmt: skip
     page = captions_page(
         metrics,
-        show_examples(loaded.cohort, predictors, scored),
+        show_examples(references, predictors, scored),
         title="Captions of what was seen",
         subtitle=f"brainfm caption, model {model.name}",
         notes=_notes(loaded, settings),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from brainfm_cli.bids.voxel_cohort import VoxelCohort
     from brainfm_cli.models.language import TextEncoder
 
 PredictorRole = Literal["model", "floor", "ceiling"]
@@ -30,11 +29,11 @@ class Predictor:
     """What it is called."""
     role: PredictorRole
     """Model, floor or ceiling."""
-    average: Literal["repeats", "none"] = "repeats"
-    """Whether repeats were averaged."""
+    average: Literal["repeats", "none", ""] = "repeats"
+    """Whether repeats were averaged; empty where nothing is repeated."""
     captions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """(picture, caption) of every viewing, by participant."""
-    references: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    references: dict[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     """Where these are not all captions of the picture, by participant: of the human ceiling."""
 
 
@@ -61,10 +60,17 @@ class Scored:
     """(items,) first score of the model's captions, by participant."""
 
 
+Score = Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, TextScore]]
+"""Scores of texts against their references."""
+
+
 def score_predictors(
-    cohort: VoxelCohort, sentences: TextEncoder, predictors: Sequence[Predictor], names: Sequence[str], counts: NDArray[np.int64]
-) -> Scored:
-    """Scores of every predictor; ``counts`` (resamples, pictures) draw the pictures ``names``, the first predictor is the model."""
+    score: Score, references_of: Mapping[str, Sequence[str]], predictors: Sequence[Predictor], names: Sequence[str], counts: NDArray[np.int64]
+) -> Scored:  # fmt: skip
+    """Scores of every predictor; ``counts`` (resamples, pictures) draw the pictures ``names``, the first predictor is the model.
+
+    ``references_of`` are the texts of each picture.
+    """
     place = {name: number for number, name in enumerate(names)}
     people = list(predictors[0].captions)
     found: list[dict[str, dict[str, TextScore]]] = []
@@ -72,8 +78,8 @@ def score_predictors(
     for one in predictors:
         by_person, drawn = {}, {}
         for participant, said in one.captions.items():
-            references = one.references.get(participant) or [cohort.stimuli[picture].captions for picture, _ in said]
-            by_person[participant] = score_texts(sentences, [text for _, text in said], references)
+            references = one.references.get(participant) or [references_of[picture] for picture, _ in said]
+            by_person[participant] = score([text for _, text in said], references)
             drawn[participant] = counts[:, [place[picture] for picture, _ in said]].astype(np.float64)
         found.append(by_person)
         weights.append(drawn)
@@ -206,14 +212,16 @@ def resample_pictures(pictures: int, resamples: int, seed: int) -> NDArray[np.in
     return np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=resamples)
 
 
-def show_examples(cohort: VoxelCohort, predictors: Sequence[Predictor], scored: Scored, count: int = 9) -> pd.DataFrame:
+def show_examples(
+    references_of: Mapping[str, Sequence[str]], predictors: Sequence[Predictor], scored: Scored, count: int = 9
+) -> pd.DataFrame:
     """Captions of the model from best to worst by its first score, evenly spaced, beside people's and the floors'."""
     floors = [one for one in predictors if one.role == "floor"]
     rows = []
     for participant, said in predictors[0].captions.items():
         for number, (picture, text) in enumerate(said):
             others = [one.captions[participant][number][1] for one in floors]
-            people = cohort.stimuli[picture].captions[0]
+            people = references_of[picture][0]
             rows.append((float(scored.first[participant][number]), (participant, picture, people, text, *others)))
     rows.sort(key=lambda row: -row[0])
     kept = [rows[int(place)][1] for place in np.unique(np.linspace(0, len(rows) - 1, count).round())]

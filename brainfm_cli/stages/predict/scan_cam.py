@@ -13,6 +13,7 @@ from brainfm_cli.bids.names import output_name, parse_name
 from brainfm_cli.learning.localisation import Localisation, localise, random_agreement
 from brainfm_cli.reports.scan_cam import cam_picture
 from brainfm_cli.signals.segmentations import native_chances
+from brainfm_cli.systems.mri_language import NOT_CLINICAL
 from brainfm_cli.systems.mri_language.cam import cam_chances, study_cam
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from brainfm_cli.signals.drawn_lesions import DrawnLesions
     from brainfm_cli.systems.mri_language.cam import CamMethod
     from brainfm_cli.systems.mri_language.outcomes import StudyTask
-
-NOT_CLINICAL = "not for clinical use"
 
 
 @dataclass(frozen=True, kw_only=True)

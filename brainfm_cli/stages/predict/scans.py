@@ -31,8 +31,8 @@ from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.signals.drawn_lesions import DrawnLesions
 from brainfm_cli.signals.segmentations import native_chances, to_labels
 from brainfm_cli.signals.slice_packing import SliceSettings, pack_participant
-from brainfm_cli.stages.predict.scan_cam import NOT_CLINICAL, Explained, beside_scan, write_cams
-from brainfm_cli.systems.mri_language import MriLanguage
+from brainfm_cli.stages.predict.scan_cam import Explained, beside_scan, write_cams
+from brainfm_cli.systems.mri_language import NOT_CLINICAL, MriLanguage
 from brainfm_cli.systems.mri_language.adaptation import load_adapted
 from brainfm_cli.systems.mri_language.classification import encode_studies, load_head, study_scores
 from brainfm_cli.systems.mri_language.segmentation import ScanSegmenter, lesion_chances, load_segmenter

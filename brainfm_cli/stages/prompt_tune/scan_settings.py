@@ -122,7 +122,7 @@ class TuningCall:
                 fix="give more people with labels or masks",
             )
         return divide_for_tuning(
-            strata, datasets_of(self.cohort), read_seen(self.model)["pretrained_on"], test=settings.test_fraction,
+            strata, self.cohort.dataset_of, read_seen(self.model)["pretrained_on"], test=settings.test_fraction,
             validation=settings.validation_fraction, seed=settings.seed, transductive=settings.transductive,
         )  # fmt: skip
 
@@ -151,9 +151,3 @@ class Outcome:
     """Weights that were written."""
     notes: tuple[str, ...]
     """What the reader should know."""
-
-
-def datasets_of(cohort: SliceCohort) -> dict[str, str]:
-    """Dataset of each participant."""
-    first = cohort.slices.drop_duplicates("participant")
-    return {str(label): str(name) for label, name in zip(first["participant"], first["dataset"], strict=True)}

@@ -21,7 +21,7 @@ from brainfm_cli.reports.scan_tuning import scores_section, tuning_card
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.signals.slice_packing import pack_cohort
 from brainfm_cli.stages.prompt_tune.scan_lesions import tune_lesions
-from brainfm_cli.stages.prompt_tune.scan_settings import Outcome, TuneScansSettings, TuningCall, datasets_of
+from brainfm_cli.stages.prompt_tune.scan_settings import Outcome, TuneScansSettings, TuningCall
 from brainfm_cli.stages.prompt_tune.scan_studies import tune_studies
 from brainfm_cli.systems.mri_language import MriLanguage
 from brainfm_cli.systems.mri_language.encoder import CREDITS
@@ -156,7 +156,7 @@ def write_model(
 
 
 def _provenance(cohort: SliceCohort, model: Path, split: TuningPeople, settings: TuneScansSettings, outcome: Outcome) -> dict[str, Any]:
-    datasets, seen = datasets_of(cohort), read_seen(model)
+    datasets, seen = cohort.dataset_of, read_seen(model)
     tuned = [participant_hash(datasets[label], label) for role in ("train", "validation") for label in split.role(role)]
     return {
         "pretrained_on": sorted(seen["pretrained_on"]),

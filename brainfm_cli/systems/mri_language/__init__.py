@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from brainfm_cli.systems.mri_language.encoder import MriLanguage, MriLanguageSettings
 
-__all__ = ["MriLanguage", "MriLanguageSettings"]
+__all__ = ["NOT_CLINICAL", "MriLanguage", "MriLanguageSettings"]
+
+NOT_CLINICAL = "not for clinical use"
+"""Stands with everything that is said of a person."""

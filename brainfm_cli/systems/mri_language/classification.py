@@ -145,7 +145,7 @@ class StudyBatches:
         most = max(len(self.features.slices[label]) for label in people)
         width = next(iter(self.features.slices.values())).shape[1]
         slices, present = torch.zeros(len(people), most, width), torch.zeros(len(people), most, dtype=torch.bool)
-        keys = [_key(self.seed, label, epoch) for label in people]
+        keys = [study_key(self.seed, label, epoch) for label in people]
         for place, label in enumerate(people):
             found = self.features.slices[label]
             slices[place, : len(found)] = found
@@ -181,7 +181,8 @@ class _Studies(Dataset[StudyBatch]):
         return self._source.batch(self._parts[place], self._epoch)
 
 
-def _key(seed: int, label: str, epoch: int | None) -> int:
+def study_key(seed: int, label: str, epoch: int | None) -> int:
+    """What the random draws of a study depend on: the same in every run, another in every epoch of training."""
     text = f"{seed}|{label}|{'validation' if epoch is None else epoch}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
