@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from brainfm_cli.documents import parse_yaml
 from brainfm_cli.errors import SettingsError, UsageError
@@ -28,6 +28,15 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: Any) -> Any:  # noqa: ANN401
+        """Who changes one field of a part keeps the others as this class, not the part's own, has them by default."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: _over(defaults.get(name), value) for name, value in values.items()}
+
     @classmethod
     def from_values(cls, values: dict[str, Any], *, where: Path | None = None) -> Self:
         """An instance from plain values, with errors turned into sentences."""
@@ -39,6 +48,14 @@ class Frozen(BaseModel):
                 where=where,
                 fix="see docs/settings.md for every field; change with --config FILE or --set a.b=c",
             ) from error
+
+
+def _over(default: object, value: Any) -> Any:  # noqa: ANN401
+    """``value`` with what it does not say taken from ``default``, where that is a part with settings of its own."""
+    if not isinstance(default, Frozen) or not isinstance(value, dict):
+        return value
+    kept = {name: getattr(default, name) for name in default.model_fields_set}
+    return kept | {name: _over(kept.get(name), one) for name, one in value.items()}
 
 
 class Settings(Frozen):

@@ -20,6 +20,25 @@ class SomeSettings(Settings):
     """Rate."""
 
 
+class Outer(Settings):
+    part: SomeSettings = SomeSettings(rate=0.9, inner=Inner(num_layers=7))
+    """A part whose defaults here are not its own."""
+
+
+def test_who_changes_one_field_of_a_part_keeps_the_defaults_that_the_whole_gave_it() -> None:
+    settings = Outer.read(None, ["part.rate=0.1"])
+    assert (settings.part.rate, settings.part.inner.num_layers) == (0.1, 7)
+    deep = Outer.read(None, ["part.inner.num_layers=3"])
+    assert (deep.part.rate, deep.part.inner.num_layers) == (0.9, 3)
+    assert Outer.read(None, ["part={}"]) == Outer()
+
+
+def test_a_flip_stays_off_where_another_augmentation_is_changed() -> None:
+    from brainfm_cli.systems.mri_language.adaptation import AdaptationSettings
+
+    assert AdaptationSettings.from_values({"augment": {"noise": 0.0}}).augment.flip == 0.0
+
+
 def test_overrides_win_over_the_file_and_merge_deeply(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("inner:\n  num_layers: 4\nrate: 0.1\nexecution:\n  device: cpu\n")
