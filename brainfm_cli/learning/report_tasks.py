@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REPORT = "Write the findings and the impression of this study."
 PRESENT, DISEASE, SIDE, PLACE = "Is there a lesion?", "Which disease is it?", "On which side is it?", "In which part of the brain is it?"
-PLAIN = "Explain it to the patient in plain words."
+SIZE, PLAIN = "How large is it?", "Explain it to the patient in plain words."
 CLOSED = (PRESENT, DISEASE, SIDE, PLACE)
 """Questions with one right answer, in the order in which they are asked."""
 _NO_LESION = "There is no lesion."
@@ -79,6 +79,9 @@ def conversations_of(participant: str, report: StudyReport, facts: LesionFacts |
             turns.append((SIDE, {"left": "Left.", "right": "Right.", "both": "Both sides."}[finding.side]))
         if finding.places:
             turns.append((PLACE, f"{' and '.join(said_of('places', place) for place in finding.places).capitalize()}."))
+        size = _measured(finding, signals=False)
+        if size:
+            turns.append((SIZE, size))
         turns.append((PLAIN, plain_words(finding)))
     return written, Conversation(participant=participant, task="dialogue", turns=tuple(turns))
 
@@ -109,12 +112,12 @@ def restated(report: StudyReport) -> StudyReport:
     if not there:
         return StudyReport(findings="No lesion is seen.", impression="No lesion.", language="en")
     statements = [statement_of(one) for one in there]
-    told = " ".join(f"{said}{_measured(one)}" for said, one in zip(statements, there, strict=True))
+    told = " ".join(f"{said} {_measured(one)}".strip() for said, one in zip(statements, there, strict=True))
     return StudyReport(findings=told, impression=" ".join(dict.fromkeys(statements)), language="en")
 
 
-def _measured(finding: Finding) -> str:
-    length = "" if finding.longest_mm is None else f" It measures up to {finding.longest_mm:.0f} mm"
-    volume = "" if finding.volume_ml is None else f"{', with' if length else ' It has'} a volume of {finding.volume_ml:.2f} mL"
-    signals = "".join(f" It is {signal} on {name}." for name, signal in finding.signals if name)
-    return f"{length}{volume}{'.' if length or volume else ''}{signals}"
+def _measured(finding: Finding, *, signals: bool = True) -> str:
+    length = "" if finding.longest_mm is None else f"It measures up to {finding.longest_mm:.0f} mm"
+    volume = "" if finding.volume_ml is None else f"{', with' if length else 'It has'} a volume of {finding.volume_ml:.2f} mL"
+    seen = [f"It is {signal} on {name}." for name, signal in finding.signals if name and signals]
+    return " ".join([*([f"{length}{volume}."] if length or volume else []), *seen])

@@ -42,6 +42,7 @@ from brainfm_cli.systems.mri_language.report_alignment import (
     alignment_scores,
     closed_dialogue,
     fit_ridge,
+    question_vectors,
     report_vectors,
     tell_studies,
 )
@@ -222,7 +223,7 @@ def write_model(
     outputs = [
         *copy_backbone(model, folder),
         write_tensors(folder / SPEAKER_FILE, result.weights),
-        write_tensors(folder / RIDGE_FILE, ridge.tensors()),
+        write_tensors(folder / RIDGE_FILE, {**ridge.tensors(), "questions": question_vectors(source, sentences)}),
         write_text(
             folder / "config.yaml", read_model_config(model).model_copy(update={"alignment": record.model_dump(mode="json")}).to_yaml()
         ),

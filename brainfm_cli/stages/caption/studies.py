@@ -24,7 +24,7 @@ from brainfm_cli.errors import InputDatasetError, InputNotFoundError
 from brainfm_cli.learning.checkpoints import model_files, read_tensors, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.radiology_reports import check_report, parse_report, write_report
-from brainfm_cli.learning.report_tasks import CLOSED, PLAIN, REPORT, facts_sentence, parts_of, report_question
+from brainfm_cli.learning.report_tasks import facts_sentence, parts_of, report_question
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.signals.slice_packing import SliceSettings, pack_participant
@@ -35,12 +35,10 @@ from brainfm_cli.systems.mri_language.report_alignment import RIDGE_FILE, RidgeS
 from brainfm_cli.systems.mri_language.speaking import LoadedTeller, cell_features, context_of_rows, load_teller, read_speaker_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from brainfm_cli.config import Invocation, Selection
     from brainfm_cli.signals.lesions import LesionFacts
 
-_NEAREST = 0.2  # least cosine of a question with those that were taught
+_NEAREST = 0.35  # least cosine of a question with one that was taught
 _WITHHELD = "I cannot tell from this study."
 _ELSEWHERE = "I can only answer questions about this study."
 
@@ -150,7 +148,7 @@ def write_study_report(
         "note": NOT_CLINICAL,
     }
     if settings.chat:
-        values["chat"] = _chat(loaded, study, settings)
+        values["chat"] = _chat(loaded, model, study, settings)
     notes = [*study.notes]
     if contradictions:
         notes.append(f"the report of {label} says what the mask does not bear out: " + "; ".join(f"{one.said} (measured: {one.measured})" for one in contradictions))  # fmt: skip
@@ -216,7 +214,7 @@ def _closed(loaded: LoadedTeller, study: _Study, settings: StudyCaptionSettings)
     ]
 
 
-def _chat(loaded: LoadedTeller, study: _Study, settings: StudyCaptionSettings) -> list[dict[str, Any]]:
+def _chat(loaded: LoadedTeller, model: Path, study: _Study, settings: StudyCaptionSettings) -> list[dict[str, Any]]:
     """Each question with its answer; what was withheld or refused is part of the conversation as it was said."""
     turns: list[tuple[str, str]] = []
     told = []
@@ -225,7 +223,7 @@ def _chat(loaded: LoadedTeller, study: _Study, settings: StudyCaptionSettings) -
         said = loaded.teller.answer([study.prefix], [[*turns, (asked, "")]], max_tokens=settings.answer_tokens)
         score = float(said.log_probability[0])
         answer, why = said.texts[0], ""
-        if settings.abstain and not _about_the_study(loaded, question):
+        if settings.abstain and not _about_the_study(loaded, model, question):
             answer, why = _ELSEWHERE, "the question is unlike any that the model was taught"
         elif settings.abstain and score < loaded.record.abstain_below:
             answer, why = _WITHHELD, f"log-probability {score:.2f} is below {loaded.record.abstain_below:.2f}"
@@ -234,13 +232,10 @@ def _chat(loaded: LoadedTeller, study: _Study, settings: StudyCaptionSettings) -
     return told
 
 
-def _about_the_study(loaded: LoadedTeller, question: str) -> bool:
+def _about_the_study(loaded: LoadedTeller, model: Path, question: str) -> bool:
     """Whether a question names something of the lexicon, or resembles one that was taught."""
-    if parse_report(question):
-        return True
-    known: Sequence[str] = (*CLOSED, REPORT, PLAIN)
-    vectors = loaded.sentences.sentences([question, *known])
-    return float((vectors[1:] @ vectors[0]).max()) >= _NEAREST
+    taught = read_tensors(model / RIDGE_FILE)["questions"]
+    return bool(parse_report(question)) or float((taught @ loaded.sentences.sentences([question])[0]).max()) >= _NEAREST
 
 
 _CITATION = f"""# How this was made

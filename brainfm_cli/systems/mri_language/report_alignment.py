@@ -66,6 +66,12 @@ def groups_of(reports: Mapping[str, StudyReport], fit: SpeakFitSettings) -> dict
     return found
 
 
+def question_vectors(source: ToldStudies, encoder: TextEncoder) -> Tensor:
+    """(questions, encoder width) unit vectors of every question that was taught: what resembles none of them is not answered."""
+    asked = sorted({question for told in source.without_facts.values() for turns in told for question, _ in turns})
+    return encoder.sentences(asked)
+
+
 def tell_studies(
     features: StudyFeatures, cohort: SliceCohort, reports: Mapping[str, StudyReport], facts: Mapping[str, LesionFacts],
     instructions: Sequence[Conversation], targets: Mapping[str, Tensor], fit: SpeakFitSettings, *,
