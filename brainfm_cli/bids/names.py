@@ -102,6 +102,7 @@ provenance.json
 *_stat-coverage_bold.*
 *_embedding.*
 *_caption.*
+*_report.*
 *_prediction.*
 *_survival.*
 scan-evaluation
@@ -111,6 +112,7 @@ scan-evaluation
 stimuli
 bayes.tsv
 captions.tsv
+reports.tsv
 reconstructions
 cohort
 group_qc.*

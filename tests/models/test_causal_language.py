@@ -83,6 +83,54 @@ def test_questions_stand_behind_the_vectors(language: CausalLanguageModel) -> No
     torch.testing.assert_close(asked[:, 1:5], before)  # behind the one word "user"
 
 
+TURNS = [[("a cat ?", "a dog"), ("the house ?", "a red cat")], [("it is ?", "a chair")]]
+
+
+def test_the_loss_of_a_dialogue_is_the_library_s_own(folder: Path, language: CausalLanguageModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(4)
+    before = torch.randn(2, 3, language.width)
+    said = language.dialogues(TURNS, room=3, longest=64)
+    found = language.dialogue_loss(before, said)
+    for place in range(2):
+        there = said.valid[place]
+        inputs = language.vectors(said.ids[place][there]).clone()
+        inputs[said.room[place][there]] = before[place]
+        labels = said.ids[place][there].masked_fill(~said.learnt[place][there], -100)
+        expected = model(inputs_embeds=inputs[None], labels=labels[None]).loss
+        assert float(found[place]) == pytest.approx(float(expected.detach()), abs=1e-5)
+    spoken = [language._tokenizer.decode(row[kept]).replace(" ", "") for row, kept in zip(said.ids, said.learnt, strict=True)]
+    assert spoken == ["adog<end>aredcat<end>", "achair<end>"]
+
+
+def test_what_is_asked_stands_as_it_was_learnt(language: CausalLanguageModel) -> None:
+    """The prefix of the last question is the dialogue up to its answer, the earlier answers included."""
+    before = torch.randn(1, 3, language.width)
+    said = language.dialogues(TURNS[:1], room=3, longest=64)
+    last = int(said.learnt[0].nonzero()[-4])  # "a red cat" and its end
+    asked = language.chat_prefix(before, "the house ?", TURNS[0][:1])
+    whole = language.vectors(said.ids).masked_scatter(said.room[:, :, None], before)
+    torch.testing.assert_close(asked, whole[:, :last])
+
+
+def test_long_dialogues_are_cut(language: CausalLanguageModel) -> None:
+    assert language.dialogues(TURNS, room=3, longest=9).ids.shape == (2, 9)
+
+
+def test_prefixes_of_several_lengths_are_continued_as_if_alone(language: CausalLanguageModel) -> None:
+    torch.manual_seed(5)
+    short, long = torch.randn(1, 3, language.width), torch.randn(1, 6, language.width)
+    padded = torch.cat([torch.cat([torch.zeros(1, 3, language.width), short], dim=1), long])
+    valid = torch.tensor([[False] * 3 + [True] * 3, [True] * 6])
+    together = language.generate(padded, max_tokens=8, valid=valid)
+    for place, alone in enumerate((short, long)):
+        one = language.generate(alone, max_tokens=8)
+        assert together.texts[place] == one.texts[0]
+        torch.testing.assert_close(together.log_probability[place], one.log_probability[0], atol=1e-4, rtol=1e-3)
+
+
 def test_what_is_no_language_model_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputNotFoundError):
         load_language_model(tmp_path / "absent")

@@ -174,13 +174,13 @@ def context_of_rows(cohort: SliceCohort, rows: Any) -> Context:  # noqa: ANN401 
     """What is known of slices beside their pixels; fields (slices,)."""
     table = cohort.slices.iloc[rows]
     codes = {
-        name: table[name].astype(str).map({one: place for place, one in enumerate(known)}).to_numpy("int64")
+        name: table[name].astype(str).map({one: place for place, one in enumerate(known)}).to_numpy("int64", copy=True)
         for name, known in (("sequence", SEQUENCES), ("plane", PLANES))
     }
     return Context(
         sequence=torch.from_numpy(codes["sequence"]),
         plane=torch.from_numpy(codes["plane"]),
-        z_mm=torch.from_numpy(table["z_mm"].to_numpy("float32").copy()),
+        z_mm=torch.from_numpy(table["z_mm"].to_numpy("float32", copy=True)),
     )
 
 
