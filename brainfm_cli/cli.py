@@ -236,7 +236,7 @@ def pretrain(call: Invocation) -> int:
 
 @command("align", levels=("group",), options=("model", "target", *TRAIN))
 def align(call: Invocation) -> int:
-    """Align a pretrained model with texts of disorders, so that unseen ones can be scored by their text."""
+    """Align a pretrained model with texts: of disorders, so that unseen ones can be scored; with captions; with reports."""
     from brainfm_cli.stages.align import align
 
     return align(call)
@@ -260,7 +260,7 @@ def predict(call: Invocation) -> int:
 
 @command("caption", levels=("participant", "group"), options=("model", "chat", "reports_only", *TRAIN))
 def caption(call: Invocation) -> int:
-    """Say in words what participants saw; group scores the captions beside their floors."""
+    """Say in words what participants saw, or write reports of their scans; group scores both beside their floors."""
     from brainfm_cli.stages.caption import caption
 
     return caption(call)
