@@ -269,7 +269,7 @@ class _Run(lightning.LightningModule):
         self._state = state
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._row: dict[str, Tensor] = {}
-        self._validation: list[tuple[int, dict[str, Tensor]]] = []
+        self._validation: list[tuple[float, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
         self.stop_asked = False
         if state:
@@ -372,7 +372,13 @@ class _Run(lightning.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         terms = self._system.losses(batch, epoch=math.inf)
-        self._validation.append((len(batch.keys), {"loss": self._weighted(terms), **terms}))
+        self._validation.append((self._size(batch), {"loss": self._weighted(terms), **terms}))
+
+    def _size(self, batch: Any) -> float:  # noqa: ANN401
+        """What a validation batch weighs: a rank's own items, or an equal share of those of all ranks where losses are means over them all."""
+        if self.trainer.world_size == 1 or not hasattr(batch, "counted"):
+            return len(batch.keys)
+        return float(torch.as_tensor(self.all_gather(batch.counted.sum().double())).mean())
 
     def on_train_epoch_end(self) -> None:
         position, patience = self.position, self._plan.patience

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.utils.data import Dataset
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SCAN = ["dataset", "participant", "session", "run"]
 _ROUNDING = 1e-6  # 200 s at 0.8 s are 250 frames, whatever binary fractions make of it
@@ -251,9 +254,17 @@ def shard(plan: BatchPlan, *, rank: int, world_size: int) -> BatchPlan:
     """One rank's share of a batch; shares are equally large, the first scans coming twice, but counting once, where they must."""
     if world_size == 1:
         return plan
-    size = -(-len(plan.scans) // world_size)
-    wrapped = [plan.scans[place % len(plan.scans)] for place in range(rank * size, (rank + 1) * size)]
-    return replace(plan, scans=tuple(wrapped), repeated=min(size, max(0, (rank + 1) * size - len(plan.scans))))
+    places, repeated = equal_share(len(plan.scans), rank=rank, world_size=world_size)
+    return replace(plan, scans=tuple(plan.scans[place] for place in places), repeated=repeated)
+
+
+def equal_share(count: int, *, rank: int, world_size: int) -> tuple[NDArray[np.int64], int]:
+    """Places of one rank's items among ``count``, and how many at their end another rank has as well.
+
+    Ranks follow one another, so that what is gathered from them is in the order of one rank.
+    """
+    size = -(-count // world_size)
+    return np.arange(rank * size, (rank + 1) * size) % count, min(size, max(0, (rank + 1) * size - count))
 
 
 class PretrainSamples(Dataset[PretrainBatch]):

@@ -15,10 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brainfm_cli.bids.slice_cohort import PLANES, SEQUENCES, SliceCohort
-from brainfm_cli.errors import InputDatasetError, SettingsError
+from brainfm_cli.errors import InputDatasetError
+from brainfm_cli.learning.samples import equal_share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    # Slices of one rank's batch, and how many at their end another rank has as well.
+    Part = tuple[NDArray[np.int64], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +43,20 @@ class SliceBatch:
     """(batch,) int64: what random masks and augmentations depend on; another in every epoch of training."""
     masks: Tensor | None = None
     """(batch, *pixels) uint8 lesion labels; none where they are not asked for."""
+    repeated: int = 0
+    """Items at the end that another rank has as well."""
+
+    @property
+    def counted(self) -> Tensor:
+        """(batch,) bool: false for those, which count once over all ranks."""
+        return torch.arange(len(self.keys), device=self.keys.device) < len(self.keys) - self.repeated
 
     def to(self, device: torch.device) -> SliceBatch:
         """The same on a device."""
         names = ("images", "sequence", "plane", "z_mm", "participant", "keys")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return SliceBatch(**moved, masks=None if self.masks is None else self.masks.to(device, non_blocking=True))
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        return SliceBatch(**moved, masks=masks, repeated=self.repeated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +141,8 @@ class SliceBatches:
 
     def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[SliceBatch]:
         """One epoch of this rank's batches."""
-        if self.batch_size % world_size:
-            raise SettingsError(
-                f"batches of {self.batch_size} cannot be shared by {world_size} processes", fix="choose batch_size as a multiple"
-            )
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)[: self.num_batches * self.batch_size]
-        parts = [order[start : start + self.batch_size][rank::world_size] for start in range(0, len(order), self.batch_size)]
-        return _Batches(self, parts, epoch)
+        return _Batches(self, self._parts(order, rank, world_size), epoch)
 
     def validation(self, *, rank: int, world_size: int) -> Dataset[SliceBatch] | None:
         """The same slices, masks and augmentations in every epoch."""
@@ -143,10 +150,14 @@ class SliceBatches:
             return None
         # slices of several people in each batch: views of one person are no negatives
         order = np.random.default_rng(self.seed).permutation(self.validation_rows)
-        parts = [order[start : start + self.batch_size][rank::world_size] for start in range(0, len(order), self.batch_size)]
-        return _Batches(self, [part for part in parts if len(part)], None)
+        return _Batches(self, self._parts(order, rank, world_size), None)
 
-    def batch(self, rows: NDArray[np.int64], epoch: int | None) -> SliceBatch:
+    def _parts(self, order: NDArray[np.int64], rank: int, world_size: int) -> list[Part]:
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        shares = [equal_share(len(members), rank=rank, world_size=world_size) for members in batches]
+        return [(members[places], repeated) for members, (places, repeated) in zip(batches, shares, strict=True)]
+
+    def batch(self, rows: NDArray[np.int64], epoch: int | None, repeated: int = 0) -> SliceBatch:
         """The slices at these places of the index."""
         codes = self._codes
         return SliceBatch(
@@ -157,6 +168,7 @@ class SliceBatches:
             participant=torch.from_numpy(codes["participant"][rows]),
             keys=torch.tensor([_key(self.seed, int(row), epoch) for row in rows], dtype=torch.int64),
             masks=torch.from_numpy(self.cohort.masks(rows)) if self.masks else None,
+            repeated=repeated,
         )
 
     @cached_property
@@ -186,14 +198,15 @@ def _key(seed: int, row: int, epoch: int | None) -> int:
 class _Batches(Dataset[SliceBatch]):
     """Batches by place; pixels are read when they are asked for."""
 
-    def __init__(self, source: SliceBatches, parts: Sequence[NDArray[np.int64]], epoch: int | None) -> None:
+    def __init__(self, source: SliceBatches, parts: Sequence[Part], epoch: int | None) -> None:
         self._source, self._parts, self._epoch = source, parts, epoch
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def __getitem__(self, place: int) -> SliceBatch:
-        return self._source.batch(self._parts[place], self._epoch)
+        rows, repeated = self._parts[place]
+        return self._source.batch(rows, self._epoch, repeated)
 
 
 def all_slices(cohort: SliceCohort) -> SliceBatches:

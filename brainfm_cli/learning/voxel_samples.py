@@ -19,10 +19,14 @@ from torch.utils.data import Dataset
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.image_split import ImageSplit
+from brainfm_cli.learning.samples import equal_share
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
+
+    # Person and trials of one rank's batch, and how many of these at the end another rank has as well.
+    Part = tuple[int, NDArray[np.int64], int]
 
 _CHUNK = 256  # trials read at a time
 
@@ -43,11 +47,18 @@ class TrialBatch:
     """(batch,) its name."""
     captions: tuple[str, ...]
     """(batch,) one caption each, drawn anew in every epoch; the first in validation."""
+    repeated: int = 0
+    """Items at the end that another rank has as well."""
+
+    @property
+    def counted(self) -> Tensor:
+        """(batch,) bool: false for those, which count once over all ranks."""
+        return torch.arange(len(self.keys), device=self.keys.device) < len(self.keys) - self.repeated
 
     def to(self, device: torch.device) -> TrialBatch:
         """The same on a device."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("responses", "keys", "images")}
-        return TrialBatch(participant=self.participant, names=self.names, captions=self.captions, **moved)
+        return TrialBatch(participant=self.participant, names=self.names, captions=self.captions, repeated=self.repeated, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,24 +172,22 @@ class TrialBatches:
         return plans
 
     @staticmethod
-    def _shard(plans: list[tuple[int, NDArray[np.int64]]], rank: int, world_size: int) -> list[tuple[int, NDArray[np.int64]]]:
-        # every rank has as many batches, or the others would wait for ever
-        return [(person, members[rank::world_size] if len(members) >= world_size else members) for person, members in plans]
+    def _shard(plans: list[tuple[int, NDArray[np.int64]]], rank: int, world_size: int) -> list[Part]:
+        shares = [equal_share(len(members), rank=rank, world_size=world_size) for _, members in plans]
+        return [(person, members[places], repeated) for (person, members), (places, repeated) in zip(plans, shares, strict=True)]
 
 
 class _Batches(Dataset[TrialBatch]):
     """Batches by position."""
 
-    def __init__(
-        self, source: TrialBatches, trials: Sequence[PersonTrials], plans: Sequence[tuple[int, NDArray[np.int64]]], epoch: int | None
-    ) -> None:
+    def __init__(self, source: TrialBatches, trials: Sequence[PersonTrials], plans: Sequence[Part], epoch: int | None) -> None:
         self._source, self._trials, self._plans, self._epoch = source, trials, plans, epoch
 
     def __len__(self) -> int:
         return len(self._plans)
 
     def __getitem__(self, place: int) -> TrialBatch:
-        person, members = self._plans[place]
+        person, members, repeated = self._plans[place]
         one, source = self._trials[person], self._source
         names = tuple(one.names[member] for member in members)
         keys = [_key(source.seed, one.participant, int(one.rows[member]), self._epoch) for member in members]
@@ -189,6 +198,7 @@ class _Batches(Dataset[TrialBatch]):
             images=torch.tensor([source.numbers[name] for name in names]),
             names=names,
             captions=tuple(self._caption(name, key) for name, key in zip(names, keys, strict=True)),
+            repeated=repeated,
         )
 
     def _caption(self, name: str, key: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfm_cli.errors import InputDatasetError, SettingsError
+from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.slice_samples import SliceBatches, divide_people, draw_rows, rows_of, site_of_people
 from tests.learning.slice_cohorts import write_slice_cohort
 
@@ -46,8 +46,11 @@ def test_an_epoch_has_every_slice_once_and_ranks_share_it(tmp_path: Path) -> Non
     other = [int(value) for batch in source.training(1, rank=0, world_size=1) for value in batch.images[:, 0, 0]]  # type: ignore[attr-defined]
     assert sorted(other) == sorted(seen)
     assert other != seen
-    with pytest.raises(SettingsError, match="cannot be shared"):
-        source.training(0, rank=0, world_size=3)
+    thirds = [batch for rank in range(3) for batch in source.training(0, rank=rank, world_size=3)]  # type: ignore[attr-defined]
+    assert {len(batch.keys) for batch in thirds} == {3}
+    assert sorted(int(value) for batch in thirds for value in batch.images[batch.counted, 0, 0]) == list(range(24))
+    parts = [source.validation(rank=rank, world_size=4) for rank in range(4)]
+    assert [[int(batch.counted.sum()) for batch in part] for part in parts] == [[2], [2], [2], [0]]  # type: ignore[union-attr]
 
 
 def test_keys_change_with_the_epoch_and_stay_in_validation(tmp_path: Path) -> None:

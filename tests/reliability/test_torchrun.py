@@ -6,35 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from tests.bad_input_bench import Bench
-from tests.stages.command import brainfm, only
+from tests.stages.pretrainings import SYSTEMS, assert_same_training, make_input, pretraining, run
 
 pytestmark = pytest.mark.long
 
 
-def test_two_processes_of_torchrun_give_the_losses_of_one(tmp_path: Path) -> None:
-    series = Bench(tmp_path / "bench").healthy("series")
-    options = (
-        "group",
-        "--system",
-        "brain-graph",
-        "--device",
-        "cpu",
-        "--set",
-        "system.preset=tiny",
-        "epochs=1",
-        "batch_size=8",
-        "log_every=1",
-    )
-    assert brainfm("pretrain", series, tmp_path / "one", *options) == 0
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_two_processes_of_torchrun_give_the_losses_of_one(tmp_path: Path, system: str) -> None:
+    source = make_input(tmp_path / "input", SYSTEMS[system].data)
+    run(*pretraining(source, tmp_path / "one", 1, system))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "brainfm_cli"]
-    line = ("pretrain", series, tmp_path / "two", *options, "execution.devices=2")
-    subprocess.run([*torchrun, *map(str, line)], check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    one, two = (pd.read_csv(only(tmp_path / name / "models") / "log.csv") for name in ("one", "two"))
-    assert list(one["step"]) == list(two["step"])
-    for term in ("loss", "gradient_norm", "learning_rate"):
-        np.testing.assert_allclose(two[term], one[term], rtol=1e-5, err_msg=term)
+    line = map(str, pretraining(source, tmp_path / "two", 2, system))
+    done = subprocess.run([*torchrun, *line], check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_training(tmp_path / "one", tmp_path / "two", SYSTEMS[system].terms)

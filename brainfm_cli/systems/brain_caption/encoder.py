@@ -143,19 +143,26 @@ class BrainCaption:
 
     def losses(self, batch: TrialBatch, *, epoch: float) -> dict[str, Tensor]:  # noqa: ARG002  (the share hidden does not change)
         """The loss of hidden patches, what it must beat on the same patches, and what warns of collapse."""
+        terms, count = self.measure(batch)
+        return terms | {"patch": objectives.over_ranks(terms["patch"], count)}
+
+    def measure(self, batch: TrialBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """The same of this rank's trials alone, and the number of hidden voxels that its loss is a mean over."""
         patches, hidden = self._hide(batch)
         predicted, encoding = self.model.reconstruct(patches, hidden)
         with torch.no_grad():
             zero = masked_voxel_loss(torch.zeros_like(predicted), patches, hidden)
             neighbours = masked_voxel_loss(self._neighbours(patches, hidden), patches, hidden)
-        return {
-            "patch": masked_voxel_loss(predicted, patches, hidden),
+        judged = hidden & batch.counted[:, None]
+        terms = {
+            "patch": masked_voxel_loss(predicted, patches, judged),
             "monitor_predict_zero": zero,
             "monitor_neighbour_mean": neighbours,
             "monitor_correlation": _correlation(predicted.detach(), patches, hidden),
             "monitor_embedding_spread": objectives.embedding_spread(encoding.summary),
             "monitor_effective_rank": objectives.effective_rank(encoding.summary),
         }
+        return terms, (judged[:, :, None] & patches.real).sum()
 
     def _hide(self, batch: TrialBatch) -> tuple[VoxelPatches, Tensor]:
         patches = self.model.patches(batch.participant, batch.responses)

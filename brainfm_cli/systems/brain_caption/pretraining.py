@@ -138,7 +138,7 @@ def evaluate_encoder(prepared: PreparedEncoder, settings: PretrainingSettings) -
         sums: dict[str, float] = {}
         for place in range(len(found)):  # type: ignore[arg-type]
             batch = found[place].to(device)
-            for name, value in system.losses(batch, epoch=float("inf")).items():
+            for name, value in system.measure(batch)[0].items():  # other ranks do not take part
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch.names)
         row: dict[str, Any] = {"participant": one.participant, "trials": len(one.rows)}
         row |= {label: sums[name] / len(one.rows) for name, label in _FLOORS.items()}

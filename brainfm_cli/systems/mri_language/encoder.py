@@ -133,50 +133,54 @@ class MriLanguage:
 
     def losses(self, batch: SliceBatch, *, epoch: float) -> dict[str, Tensor]:  # noqa: ARG002  (masking does not change)
         """The loss of hidden brain, its structural similarity, the agreement of two views, what the first must beat, and collapse alarms."""
-        ratio = self.mask_ratio(batch)
+        ratio = self.mask_ratio(objectives.gather_ranks(batch.keys))
         views = [make_view(batch.images, batch.plane, batch.keys, self.settings.augment, view=number) for number in range(2)]
         terms: dict[str, list[Tensor]] = {"patch": [], "ssim": [], "monitor_mean_fill": []}
         summaries = []
         for number, view in enumerate(views):
             hidden = self.hide(view, batch.keys, ratio, number)
             predicted, encoding = self.model.reconstruct(view.seen, context_of(batch), hidden)
-            counted = spread_cells(hidden) & view.brain
-            terms["patch"].append(masked_brain_loss(predicted.float(), view.clean, counted, cell=STRIDE))
+            counted = spread_cells(hidden) & view.brain & batch.counted.view(-1, *(1,) * (view.brain.ndim - 1))
+            loss = masked_brain_loss(predicted.float(), view.clean, counted, cell=STRIDE)
+            terms["patch"].append(objectives.over_ranks(loss, counted.sum()))
             if self.settings.ssim_weight:
                 joined = torch.where(counted, predicted.float(), view.clean)
                 similarity = mean_over(ssim_map(joined, view.clean, data_range=1.0), counted)
-                terms["ssim"].append(1 - similarity.nanmean().nan_to_num(1.0))
+                missed = 1 - similarity.nanmean().nan_to_num(1.0)
+                terms["ssim"].append(objectives.over_ranks(missed, similarity.isfinite().sum()))
             with torch.no_grad():
                 filled = fill_with_mean(view.clean, spread_cells(hidden), view.brain)
                 terms["monitor_mean_fill"].append(masked_brain_loss(filled, view.clean, counted, cell=STRIDE))
             summaries.append(encoding.summary)
         found = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        return found | self._agreement(summaries, batch.participant)
+        return found | self._agreement(summaries, batch)
 
-    def _agreement(self, summaries: list[Tensor], participant: Tensor) -> dict[str, Tensor]:
+    def _agreement(self, summaries: list[Tensor], batch: SliceBatch) -> dict[str, Tensor]:
         alarms = {
             "monitor_embedding_spread": objectives.embedding_spread(summaries[0]),
             "monitor_effective_rank": objectives.effective_rank(summaries[0]),
         }
         if self.settings.contrast == "none" or not self.settings.contrast_weight:
             return alarms
+        counted = objectives.gather_ranks(batch.counted)
         if self.settings.contrast == "vicreg":
-            first, second = (self.model.project(summary).float() for summary in summaries)
+            first, second = (objectives.gather_ranks(self.model.project(summary).float())[counted] for summary in summaries)
             return {"contrast": vicreg(first, second), **alarms}
-        first, second = (self.model.embed(summary).float() for summary in summaries)
-        people = objectives.gather_ranks(participant)
+        first, second = (objectives.gather_ranks(self.model.embed(summary).float()) for summary in summaries)
+        people = objectives.gather_ranks(batch.participant)
         agreement = objectives.nt_xent(
-            objectives.gather_ranks(first),
-            objectives.gather_ranks(second),
+            first,
+            second,
             dataset=torch.zeros_like(people),
             participant=people,
             temperature=self.settings.temperature,
+            valid=counted,
         )
         return {"contrast": agreement, **alarms}
 
-    def mask_ratio(self, batch: SliceBatch) -> float:
-        """Share of cells hidden in a batch, from its first item's key."""
-        draw = float(hashed_uniform(batch.keys[:1], (1,), stream=_RATIO))
+    def mask_ratio(self, keys: Tensor) -> float:
+        """Share of cells hidden in a batch, from the first of its (batch,) keys."""
+        draw = float(hashed_uniform(keys[:1], (1,), stream=_RATIO))
         return self.settings.mask_low + (self.settings.mask_high - self.settings.mask_low) * draw
 
     def hide(self, view: View, keys: Tensor, ratio: float, number: int) -> Tensor:

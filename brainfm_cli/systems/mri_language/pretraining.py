@@ -123,7 +123,7 @@ def evaluate_reconstruction(prepared: PreparedMri, settings: PretrainingSettings
         part = rows[start : start + settings.batch_size]
         batch = source.batch(part, None)
         view = plain_view(batch.images)
-        cells = system.hide(view, batch.keys, system.mask_ratio(batch), 0)
+        cells = system.hide(view, batch.keys, system.mask_ratio(batch.keys), 0)
         moved = batch.to(device)
         predicted = system.model.reconstruct(view.seen.to(device), context_of(moved), cells.to(device))[0].float().cpu()
         hidden = spread_cells(cells)
