@@ -113,6 +113,16 @@ def test_reports_are_written_checked_and_scored_beside_floors(made: SyntheticSca
     validate(out)
 
 
+def test_an_excluded_disease_is_never_learnt_from(made: SyntheticScans) -> None:
+    root = made.root.parent
+    assert align(root, "excluded", "exclude=[meningioma]", "fit.contrast_epochs=4") == 0  # contrast alone: the language model is not asked
+    model = only(root / "excluded" / "models")
+    split = pd.read_csv(model / "split.tsv", sep="\t", dtype=str)
+    assert set(split.loc[split["stratum"] == "meningioma", "role"]) == {"test"}
+    names = {row["score"] for row in json.loads((model / "evaluation.json").read_text())}
+    assert any(name.startswith("meningioma by its name, in no training report (zero-shot)") for name in names)
+
+
 def test_alignment_does_not_depend_on_when_its_state_is_saved(made: SyntheticScans, aligned: Path) -> None:
     root = made.root.parent
     assert align(root, "again", "schedule.checkpoint_every=1") == 0

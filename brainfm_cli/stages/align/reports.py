@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
 import torch
 from pydantic import Field
 from rich.console import Console
@@ -20,9 +21,9 @@ from brainfm_cli.errors import InputDatasetError, InputNotFoundError, InternalEr
 from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_model_config, source_of_model, write_tensors
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings, train
-from brainfm_cli.learning.radiology_reports import language_of
+from brainfm_cli.learning.radiology_reports import known_diseases, language_of
 from brainfm_cli.learning.report_tasks import main_finding, restated
-from brainfm_cli.learning.scan_tuning import divide_for_tuning
+from brainfm_cli.learning.scan_tuning import TuningPeople, divide_for_tuning
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.models.causal_language import DEFAULT_LANGUAGE_MODEL
@@ -63,12 +64,9 @@ from brainfm_cli.systems.mri_language.tuning import encoder_hash
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import pandas as pd
-
     from brainfm_cli.bids.reports import Conversation
     from brainfm_cli.config import Execution, Invocation
     from brainfm_cli.learning.loop import TrainingResult
-    from brainfm_cli.learning.scan_tuning import TuningPeople
     from brainfm_cli.models.language import TextEncoder
     from brainfm_cli.signals.lesions import LesionFacts
     from brainfm_cli.systems.mri_language.classification import StudyFeatures
@@ -97,6 +95,9 @@ class AlignReportSettings(Settings):
     """Share of people who test, drawn within diseases; the study design's 8:2."""
     validation_fraction: float = Field(default=0.15, gt=0, lt=1)
     """Share of the others who choose the epoch."""
+    exclude: tuple[str, ...] = ()
+    """Diseases (names of the lexicon) that must not be learnt from: whose main finding is one of them tests, which shows what is told of a
+    disease that no training report names."""
     transductive: bool = False
     """Let people of the encoder's pretraining test; then said in every table."""
     fit: SpeakFitSettings = SpeakFitSettings()
@@ -265,11 +266,28 @@ def _by_language(told: Mapping[str, StudyReport]) -> dict[str, list[str]]:
 
 
 def _split(told: Mapping[str, StudyReport], cohort: SliceCohort, model: Path, settings: AlignReportSettings) -> TuningPeople:
+    """Who trains, chooses and tests; everybody with an excluded disease tests besides.
+
+    Raises
+    ------
+    SettingsError
+        An excluded disease is not in the lexicon.
+    """
+    unknown = set(settings.exclude) - set(known_diseases())
+    if unknown:
+        raise SettingsError(f"'{min(unknown)}' is no disease of the lexicon", fix=f"exclude some of: {', '.join(known_diseases())}")
     strata = {label: finding.disease if (finding := main_finding(report.text)) else "none" for label, report in told.items()}
-    return divide_for_tuning(
-        strata, cohort.dataset_of, read_seen(model)["pretrained_on"], test=settings.test_fraction, validation=settings.validation_fraction,
-        seed=settings.seed, transductive=settings.transductive,
+    held = {label: disease for label, disease in strata.items() if disease in settings.exclude}
+    datasets, seen = cohort.dataset_of, read_seen(model)["pretrained_on"]
+    people = divide_for_tuning(
+        {label: disease for label, disease in strata.items() if label not in held}, datasets, seen,
+        test=settings.test_fraction, validation=settings.validation_fraction, seed=settings.seed, transductive=settings.transductive,
     )  # fmt: skip
+    known = {label for label in held if participant_hash(datasets[label], label) in seen}
+    testing = sorted(label for label in held if settings.transductive or label not in known)
+    rows = pd.DataFrame([(label, held[label], "test") for label in testing], columns=people.table.columns)
+    further = len(known) if settings.transductive else 0
+    return TuningPeople(table=pd.concat([people.table, rows], ignore_index=True), seen_in_test=people.seen_in_test + further)
 
 
 def _facts(
