@@ -86,21 +86,29 @@ def test_contrast_tells_studies_of_other_reports_apart(tmp_path) -> None:
 
 
 @pytest.mark.long
-def test_a_conversation_remembers_its_first_turn_after_five() -> None:
-    """With the packaged model and no study's vectors of any meaning: what was said first is known in the fifth turn, and not without it."""
-    language, fit = load_language(DEFAULT_LANGUAGE_MODEL), SpeakFitSettings()
+def test_a_conversation_remembers_its_first_turn_in_the_fifth(tmp_path) -> None:
+    """One study, so that the same vectors stand in front: who asked, said in the first turn alone, decides the fifth answer."""
+    between = (("Which disease is it?", "Glioma."), ("On which side is it?", "Left."), ("How large is it?", "31 mm."))
+    answers = {"I am a doctor.": "Left frontal glioma, 31 mm.", "I am the patient.": "There is a tumour in your brain."}
+    said = {first: ((first, "Hello."), *between, ("What did you find?", answer)) for first, answer in answers.items()}
+    language, fit = load_language(DEFAULT_LANGUAGE_MODEL), SpeakFitSettings(contrast=False, language_items=None, speaker={"dropout": 0.0})
+    source, _ = eight_pairs(fit, features=8)
+    slices, target = source.slices["00"], source.targets["00"]
+    both = ToldStudies(
+        slices=dict.fromkeys(said, slices), contexts=dict.fromkeys(said, source.contexts["00"]), targets=dict.fromkeys(said, target),
+        groups=dict.fromkeys(said, 0), conversations={first: (turns,) for first, turns in said.items()},
+        without_facts={first: (turns,) for first, turns in said.items()}, people=tuple(said), validation_people=(), batch_size=2, seed=0,
+        drop_sequence=0.0, drop_facts=0.0,
+    )  # fmt: skip
     speaker = new_speaker(
-        MriLanguageSettings(kind="mri-language", preset="nano").build(), fit, language, features=8, contrast_width=5, seed=0
+        MriLanguageSettings(kind="mri-language", preset="nano").build(), fit, language, features=8, contrast_width=len(target), seed=0
     )
-    teller = StudyTeller(fit=fit, speaker=speaker.eval(), language=language)
-    prefix = language.vectors(torch.tensor([[language.tokens(["."], end=False).ids[0, 0]] * speaker.num_vectors]))
-    told = [
-        ("The patient is called Bernadette.", "Thank you."), ("She is 54 years old.", "Noted."), ("She lives in a town by the sea.", "Noted."),
-        ("She came in on Monday.", "Noted."),
-    ]  # fmt: skip
-    question = "What is the patient called?"
-    assert "Bernadette" in teller.answer([prefix], [[*told, (question, "")]], max_tokens=20).texts[0]
-    assert "Bernadette" not in teller.answer([prefix], [[*told[1:], (question, "")]], max_tokens=20).texts[0]
+    teller = StudyTeller(fit=fit, speaker=speaker, language=language)
+    plan = ScheduleSettings(epochs=60, patience=None, optimiser=OptimiserSettings(learning_rate=3e-3, warmup_epochs=2)).plan(0)
+    speaker.load_state_dict(train(teller, both, plan, Execution(device="cpu"), tmp_path).weights)
+    prefix, _ = teller.read(slices, source.contexts["00"])
+    for turns in said.values():
+        assert teller.answer([prefix], [[*turns[:-1], (turns[-1][0], "")]], max_tokens=16).texts[0] == turns[-1][1]
 
 
 def test_sides_are_told_apart_though_sentences_hardly_are() -> None:
