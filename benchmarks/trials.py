@@ -51,6 +51,8 @@ from brainfm_cli.learning.tuned import TunedPredictor, prepare_inputs
 from brainfm_cli.learning.tuning import EMBEDDING, AtlasInputs, TuningSettings
 from brainfm_cli.simulation.trial import DRUG
 from brainfm_cli.simulation.truth import attainable_features
+from brainfm_cli.stages.predict.rivals import NAMES as RIVAL_NAMES
+from brainfm_cli.stages.predict.rivals import RivalSettings, make_rivals
 from brainfm_cli.stages.simulate import SimulateSettings, write_trial
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.drug_response import DrugResponseSettings
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.learning.forecasts import Predictor
+    from brainfm_cli.stages.predict.rivals import Rival
 
 _PRETRAINING_SEED = 100_000
 _POOL_SEED = 200_000
@@ -72,8 +75,10 @@ ATTAINABLE = "linear model on the planted features"
 FLOORS = FloorSettings(kinds=("majority", "spread", "fisherz", "tangent", "kernel-ridge"))
 
 
-def simulate(folder: Path, *, seed: int, patients: int, drug_free: int, atlas: str, effect: float = 1.0) -> Cohort:
-    """A trial, or drug-free people, as region series."""
+def simulate(
+    folder: Path, *, seed: int, patients: int, drug_free: int, atlas: str, effect: float = 1.0, trial: Mapping[str, Any] | None = None
+) -> Cohort:
+    """A trial, or drug-free people, as region series; ``trial`` are further settings of the trial."""
     settings = SimulateSettings.from_values(
         {
             "kind": "drug",
@@ -84,7 +89,7 @@ def simulate(folder: Path, *, seed: int, patients: int, drug_free: int, atlas: s
             "atlases": [atlas],
             # pretraining people must not share a name, and so a hash, with patients
             "label_prefix": "pretraining" if drug_free else "patient",
-            "trial": {"drug_free": drug_free},
+            "trial": {"drug_free": drug_free, **(trial or {})},
         }
     )
     write_trial(folder, settings, ())
@@ -101,7 +106,9 @@ def pretrain(folder: Path, *, people: int, atlas: str, epochs: int) -> None:
         pretrain_model(prepared, settings, Execution(device="cpu"), folder)
 
 
-def planted(seed: int, *, model: Path, patients: int, repeats: int, atlas: str, effect: float) -> dict[str, Any]:
+def planted(
+    seed: int, *, model: Path, patients: int, repeats: int, atlas: str, effect: float, rivals: Sequence[Rival] = ()
+) -> dict[str, Any]:
     """Scores of every predictor on one trial."""
     system = load_system(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,12 +122,13 @@ def planted(seed: int, *, model: Path, patients: int, repeats: int, atlas: str, 
         for name in ("response", "analgesia"):
             target = read_target(cohort, name)
             predictors = _predictors(inputs) | make_floors(cohort, target, table, FLOORS).predictors
+            predictors |= make_rivals(system, cohort, list(table.index), sorted(cohort.atlases), RivalSettings(kinds=tuple(rivals)))
             features = attainable_features(cohort, truth).set_index("participant_id").loc[list(table.index)]
-            predictors[ATTAINABLE] = _linear(tuple(table.index), features[truth["targets"][name]["planted"]].to_numpy(float))
+            predictors[ATTAINABLE] = linear_predictor(tuple(table.index), features[truth["targets"][name]["planted"]].to_numpy(float))
             split = make_split(target, table, DesignSettings(folds=5, repeats=repeats, strata=("arm",), seed=seed))
             forecasts, _ = run_folds(target, split, predictors, inner=5, seed=seed)
             pooled = pool_all(target.keep(split.tested), split, forecasts, {})
-            row["scores"][name] = {key: _score(target.keep(split.tested), one) for key, one in pooled.items()}
+            row["scores"][name] = {key: mean_scores(target.keep(split.tested), one) for key, one in pooled.items()}
             row["bayes"][name] = truth["targets"][name]["bayes_by_arm"]["pooled"]
             if name == "response":
                 row["counts"] = target.counts()
@@ -149,18 +157,18 @@ def _predictors(encoded: Mapping[str, tuple[Any, dict[str, AtlasInputs]]]) -> di
         system, inputs = made
         (one,) = inputs.values()
         embedding = one.average(system.read(one.graphs, system.new_prompt(one.atlas)).detach())
-        found[f"linear probe, series{suffix}"] = _linear(one.participants, embedding)
+        found[f"linear probe, series{suffix}"] = linear_predictor(one.participants, embedding)
         fused = np.hstack([embedding, *(one.blocks[name] for name in ("groups", "groups_log"))])
-        found[f"linear probe, series and network connectivity{suffix}"] = _linear(one.participants, fused)
+        found[f"linear probe, series and network connectivity{suffix}"] = linear_predictor(one.participants, fused)
     return found
 
 
-def _linear(participants: tuple[str, ...], features: NDArray[Any]) -> RegionFloor:
+def linear_predictor(participants: tuple[str, ...], features: NDArray[Any]) -> RegionFloor:
     """Penalised logistic or ridge regression of standardised features, penalty by inner folds."""
     return RegionFloor(participants=participants, features=np.asarray(features, float), components=None, penalties=FLOORS.penalties)
 
 
-def _score(people: Target, pooled: Pooled) -> dict[str, float | None]:
+def mean_scores(people: Target, pooled: Pooled) -> dict[str, float | None]:
     """Scores averaged over repetitions."""
     found = [
         score(people.kind, people.observed, predicted, None if pooled.decided is None else pooled.decided[repeat])
@@ -377,6 +385,8 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=3, help="of the pretraining")
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--first", type=int, default=1, help="seed of the first trial, so that several processes share a study")
+    parser.add_argument("--rivals", nargs="*", choices=list(RIVAL_NAMES), default=(), help="networks without pretraining beside the model")
     parser.add_argument("--patients", type=int, default=56)
     parser.add_argument("--repeats", type=int, default=2, help="repetitions of five folds")
     parser.add_argument("--effect", type=float, default=1.0)
@@ -396,9 +406,9 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out is needed")
-    seeds = range(1, arguments.trials + 1)
+    seeds = range(arguments.first, arguments.first + arguments.trials)
     if arguments.study == "planted":
-        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect")}
+        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect", "rivals")}
         print(json.dumps(report_planted(resumed(arguments.out, seeds, lambda seed: planted(seed, **options))), indent=1))
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,57 @@
+"""A trial planted in one modality is explained by that modality and by the planted regions (small form of benchmarks/trial_studies.py)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from brainfm_cli.learning.attributions import ExplanationSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def studies() -> Iterator[Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("trial_studies")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def model(studies: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    importlib.import_module("trials").pretrain(folder, people=24, atlas="Schaefer100", epochs=1)
+    return folder
+
+
+def test_planted_regions_and_modality_are_recovered_and_the_share_moves(studies: Any, model: Path) -> None:
+    settings = ExplanationSettings(people=1, baselines=("zero",), steps=16)
+    row = studies.explained(2, model=model, patients=80, effect=6.0, atlas="Schaefer100", explanation=settings)
+    for modality in ("series", "connectivity"):
+        assert row[modality]["scores"]["pearson_r"] > 0.3, modality
+        found = row[modality]["maps"]["zero"]
+        assert found["auroc"][modality] > 0.85, modality
+        assert found["share"][modality] > 0.6, modality
+        assert found["largest_gap"] < 0.05, modality
+    assert row["series"]["maps"]["zero"]["share"]["series"] - row["connectivity"]["maps"]["zero"]["share"]["series"] > 0.4
+    assert studies.report_explained([row])["series"]["zero"]["trials at 0.9 or more"] in (0, 1)
+
+
+def test_planted_regions_are_those_of_the_networks_that_carry_the_score(studies: Any) -> None:
+    shares = np.eye(3)[[0, 1, 1, 2]]
+    truth = {
+        "atlases": {"A": {"network_shares": shares.tolist()}},
+        "networks": ["Visual", "Limbic", "Default"],
+        "scores": {"prognostic": {"loadings": {"Visual--Default": 1.0}}},
+    }
+    assert studies.planted_regions(truth).tolist() == [True, False, False, True]
+    truth["scores"]["prognostic"]["loadings"] = {"tilt Limbic": -1.0}
+    assert studies.planted_regions(truth).tolist() == [False, True, True, False]
