@@ -60,7 +60,7 @@ ANATOMICAL = ("AAL116", "AAL3v1")
 DISORDERS = ("Arvel", "Brennic", "Caldor", "Hallow")
 TESTED = "Hallow"
 """The disorder that meta-learning and alignment are not shown."""
-BASE = "all eight atlases"
+BASE = "all atlases"
 RANDOM = "random frozen encoder"
 SHOTS = 5
 _BOTH = ("embedding", "whole head")
@@ -275,16 +275,16 @@ def run(arguments: argparse.Namespace) -> None:
         functional_ones, anatomical_ones = (
             [find_atlas(name).label for name in names] for names in (arguments.functional, arguments.anatomical)
         )
-        eight = study.pretrain(BASE)
-        none = study.ready(eight.randomised(arguments.seed))
+        every = study.pretrain(BASE)
+        none = study.ready(every.randomised(arguments.seed))
         steps: dict[str, Any] = {
-            BASE: lambda: prompted(study, eight, BASE),
+            BASE: lambda: prompted(study, every, BASE),
             RANDOM: lambda: prompted(study, none, RANDOM),
-            "prompts off": lambda: prompted(study, eight, "prompts off", epochs=0),
-            "full fine-tuning": lambda: fine_tuned(study, eight, "full fine-tuning"),
+            "prompts off": lambda: prompted(study, every, "prompts off", epochs=0),
+            "full fine-tuning": lambda: fine_tuned(study, every, "full fine-tuning"),
             "no pretraining": lambda: fine_tuned(study, none, "no pretraining, everything trained"),
-            "meta": lambda: meta_learned(study, eight),
-            "text": lambda: by_text(study, eight, work / BASE.replace(" ", "-")),
+            "meta": lambda: meta_learned(study, every),
+            "text": lambda: by_text(study, every, work / BASE.replace(" ", "-")),
             "one": lambda: prompted(study, study.pretrain("one", functional_ones[:1]), "one functional atlas"),
             "functional": lambda: prompted(study, study.pretrain("functional", functional_ones), "all functional"),
             "anatomical": lambda: prompted(study, study.pretrain("anatomical", anatomical_ones), "all anatomical"),

@@ -46,6 +46,10 @@ from brainfm_cli.provenance import file_sha256
 log = logging.getLogger(__name__)
 Mode = Literal["apply", "refit"]
 RANDOM_ENCODER = "Random frozen encoder, same head"
+_ONE_SHOT = (
+    "One person of each class trains: nobody can be held out, so that penalties, thresholds and calibration come from the people learnt "
+    "from. Only scores that do not depend on a threshold (AUROC) can be read."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +142,10 @@ def _few_shot(
         few_shot_splits(request.target, split, shots=numbers, draws=settings.draws, seed=settings.seed).items() if numbers else ()
     ):
         log.info("%d people per class, %d draws", number, settings.draws)
+        # what no training person could be held out for
+        told = replace(context, notes=(*context.notes, _ONE_SHOT)) if number == 1 else context
         with backbones.drawing(settings.draws):
-            found[number] = evaluate(request.target, drawn, predictors, context, request.evaluation)
+            found[number] = evaluate(request.target, drawn, predictors, told, request.evaluation)
     return found
 
 

@@ -23,7 +23,8 @@ class FewShotSettings(Frozen):
     """Learning curves: the same test people with ever fewer training people, drawn several times."""
 
     shots: tuple[int, ...] = ()
-    """Training people per class (continuous targets: in all), at least two; empty leaves learning curves out."""
+    """Training people per class (continuous targets: in all, at least two); empty leaves learning curves out. One of each class leaves
+    nobody to hold out: sets of blocks and penalties then weigh what the two people themselves say of them."""
     fractions: tuple[float, ...] = ()
     """The same as shares of the smallest class of the smallest training set, e.g. [0.01, 0.1]; at least two people are drawn."""
     draws: int = Field(default=20, ge=1)
@@ -51,13 +52,14 @@ def few_shot_splits(target: Target, split: Split, *, shots: Sequence[int], draws
     Raises
     ------
     SettingsError
-        A number of shots below two per class.
+        No person per class, or fewer than two of a continuous target.
     InputDatasetError
         A fold has fewer training people of a class than the largest number of shots.
     """
-    if not shots or min(shots) < 2 or draws < 1:
+    fewest = 1 if target.classes else 2
+    if not shots or min(shots) < fewest or draws < 1:
         raise SettingsError(
-            f"{min(shots, default=0)} shots and {draws} draws make no training set", fix="use at least two shots and one draw"
+            f"{min(shots, default=0)} shots and {draws} draws make no training set", fix=f"use at least {fewest} shots and one draw"
         )
     classes = pd.Series(target.observed if target.classes else 0.0, index=list(target.participants))
     parts: dict[int, list[pd.DataFrame]] = {number: [] for number in shots}

@@ -104,6 +104,10 @@ class Compilable(Protocol):
         """Modules of the same code and sizes."""
 
 
+Probe = Callable[[], dict[str, float]]
+"""What the model tells of people, by name; looked at after every epoch and only logged."""
+
+
 class BatchSource(Protocol):
     """What the loop needs of the data: whole batches by position, each with a method ``to(device)``."""
 
@@ -223,7 +227,9 @@ class TrainingResult:
     """Waits for the other ranks."""
 
 
-def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution: Execution, folder: Path) -> TrainingResult:
+def train(
+    system: Trainable, source: BatchSource, plan: TrainingPlan, execution: Execution, folder: Path, *, probe: Probe | None = None
+) -> TrainingResult:
     """Train ``system.module`` to the end of the plan, going on from the newest state in ``folder`` where there is one.
 
     Raises
@@ -237,7 +243,7 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
     if execution.compile:
         _compile(system, choose_device(execution.device))
     state = newest_state(folder)
-    run = _Run(system, source, plan, folder, state)
+    run = _Run(system, source, plan, folder, state, probe)
     trainer = _trainer(plan, execution, run)
     if state is not None:
         log.info("resuming after step %d", run.position.step)
@@ -260,13 +266,15 @@ def train(system: Trainable, source: BatchSource, plan: TrainingPlan, execution:
 class _Run(lightning.LightningModule):
     """One training run as Lightning sees it."""
 
-    def __init__(self, system: Trainable, source: BatchSource, plan: TrainingPlan, folder: Path, state: TrainingState | None) -> None:
+    def __init__(
+        self, system: Trainable, source: BatchSource, plan: TrainingPlan, folder: Path, state: TrainingState | None, probe: Probe | None
+    ) -> None:
         super().__init__()
         self.module = system.module
         self.position = Position(**state.progress["position"]) if state else Position()
         self.log_rows = TrainingLog.parse(state.log) if state else TrainingLog()
         self._system, self._source, self._plan, self._folder = system, source, plan, folder
-        self._state = state
+        self._state, self._probe = state, probe
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._row: dict[str, Tensor] = {}
         self._validation: list[tuple[float, dict[str, Tensor]]] = []
@@ -382,6 +390,9 @@ class _Run(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         position, patience = self.position, self._plan.patience
+        probed = {} if self._probe is None else {f"{MONITOR}{name}": value for name, value in self._probe().items()}
+        if probed and not self._validation:
+            self.log_rows.add("validation", step=position.step, epoch=position.epoch, **probed)
         if self._validation:
             means = self._validation_means()
             if not math.isfinite(means["loss"]):
@@ -390,7 +401,7 @@ class _Run(lightning.LightningModule):
             if isinstance(self._system, Judged):
                 judged = self._system.judge(position.epoch)
                 means |= {} if judged is None else {f"{MONITOR}judged": judged}
-            self.log_rows.add("validation", step=position.step, epoch=position.epoch, **means)
+            self.log_rows.add("validation", step=position.step, epoch=position.epoch, **means, **probed)
             if judged is not None and (position.best_loss is None or judged < position.best_loss):
                 position.best_loss, position.best_epoch = judged, position.epoch
                 if self.trainer.is_global_zero:

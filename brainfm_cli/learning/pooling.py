@@ -50,7 +50,7 @@ def run_folds(
         drawn = int(np.random.SeedSequence([seed, fold.repeat, fold.fold]).generate_state(1)[0])
         learnt = TrainingFold(
             target=training,
-            inner=inner_folds(training, groups=groups, folds=inner, seed=drawn),
+            inner=_inner(training, groups, inner, drawn),
             repeat=fold.repeat,
             fold=fold.fold,
             seed=drawn,
@@ -62,6 +62,14 @@ def run_folds(
     if (fold_of == 0).any():
         raise InputDatasetError("not everybody is tested in every repetition of the split", fix="make the split again")
     return forecasts, fold_of
+
+
+def _inner(training: Target, groups: Mapping[str, str], folds: int, seed: int) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]:
+    """Inner folds. One person of each class leaves nobody to hold out: everybody then judges themselves, and little can be chosen."""
+    if training.classes and len(training.participants) == len(training.classes):
+        everybody = np.arange(len(training.participants))
+        return ((everybody, everybody),)
+    return inner_folds(training, groups=groups, folds=folds, seed=seed)
 
 
 def pool_all(people: Target, split: Split, forecasts: Mapping[str, list[Part]], pools: Mapping[str, tuple[str, ...]]) -> dict[str, Pooled]:

@@ -30,6 +30,7 @@ from brainfm_cli.learning.checkpoints import (
     write_tensors,
 )
 from brainfm_cli.learning.loop import OptimiserSettings, Trainable, TrainingPlan, TrainingResult, train
+from brainfm_cli.learning.probes import make_probes
 from brainfm_cli.learning.samples import (
     BatchPlan,
     PretrainBatch,
@@ -76,6 +77,9 @@ class PretrainingSettings(Settings):
     """Seed of first weights, windows, masks, dropout and of who is held out."""
     optimiser: OptimiserSettings = OptimiserSettings()
     """Learning rate and decay."""
+    probes: tuple[str, ...] = ("site", "diagnosis")
+    """Columns of participants.tsv that are read from the untuned embedding after every epoch, by a cross-validated linear model, for the
+    log alone (monitor_probe_…: AUROC of classes, correlation of numbers); those that are absent or do not vary are left out."""
 
     @property
     def plan(self) -> TrainingPlan:
@@ -311,7 +315,9 @@ def pretrain_model(
     if newest_state(checkpoints) is None or not normalisation.is_file():
         before = {} if prepared.base is None else _read_json(prepared.base / normalisation.name)
         write_json(normalisation, before | prepared.system.fit_normalisation(_whole(prepared)))
-    result = train(prepared.system, prepared.source, settings.plan, execution, checkpoints)
+    people = (*prepared.training, *prepared.validation)
+    probe = make_probes(prepared.system, prepared.source.cohort, people, prepared.atlases, settings.probes, seed=settings.seed)
+    result = train(prepared.system, prepared.source, settings.plan, execution, checkpoints, probe=probe)
     prepared.system.module.load_state_dict(result.weights)
     prepared.system.module.eval()
     if not result.is_first_rank:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, SettingsError
 from brainfm_cli.learning.draws import both_ways, few_shot_splits
+from brainfm_cli.learning.forecasts import Forecast, TrainingFold
+from brainfm_cli.learning.pooling import run_folds
 from brainfm_cli.learning.splits import DesignSettings, make_split
 from tests.learning.cohorts import binary_target, continuous_target, names_of, plain_table
 
@@ -47,9 +51,31 @@ def test_shots_that_cannot_be_drawn_are_named_errors():
     split = make_split(target, plain_table(30), DesignSettings(folds=3))
     with pytest.raises(InputDatasetError, match="has 4 training people of the smallest class, fewer than 5 shots"):
         few_shot_splits(target, split, shots=(2, 5), draws=1)
-    for shots in ((), (1, 5)):
+    for shots in ((), (0, 4)):
         with pytest.raises(SettingsError, match="make no training set"):
             few_shot_splits(target, split, shots=shots, draws=1)
+    numbers = continuous_target(np.arange(30.0))
+    with pytest.raises(SettingsError, match="use at least 2 shots"):
+        few_shot_splits(numbers, make_split(numbers, plain_table(30), DesignSettings(folds=3)), shots=(1, 4), draws=1)
+
+
+def test_one_person_of_each_class_trains_every_predictor():
+    """Nobody can be held out of two people: they judge themselves, and what is told apart strongly is still told apart."""
+    target = binary_target([0, 1] * 30)
+    (split,) = few_shot_splits(target, make_split(target, plain_table(60), DesignSettings(folds=3)), shots=(1,), draws=5).values()
+    seen = []
+
+    def nearer(fold: TrainingFold, test: Sequence[str]) -> Forecast:
+        seen.append((len(fold.target.participants), fold.inner))
+        share = np.array([0.9 if target.observed[target.rows([name])[0]] else 0.2 for name in test])
+        return Forecast(test=np.stack([1 - share, share], axis=1), train=None)
+
+    forecasts, _ = run_folds(target, split, {"rule": nearer}, inner=5, seed=0)
+    assert len(forecasts["rule"]) == 15
+    for people, inner in seen:
+        assert people == 2
+        ((train, validation),) = inner
+        assert train.tolist() == validation.tolist() == [0, 1]
 
 
 def test_each_dataset_is_tested_once_by_the_others():

@@ -384,13 +384,13 @@ def test_fold_models_of_other_people_are_pretrained_anew(chain: Chain, tmp_path:
 
 
 def test_learning_curves_stand_beside_the_whole(chain: Chain) -> None:
-    curves = ("few_shot.shots=[4]", "few_shot.fractions=[0.5]", "few_shot.draws=3")
+    curves = ("few_shot.shots=[1, 4]", "few_shot.fractions=[0.5]", "few_shot.draws=3")
     assert chain.run("few", "predict", "group", "--model", chain.model("tune"), "--set", HOLDOUT, *curves, *QUICK) == 0
     assert metrics(chain, "few")["predictors"] == metrics(chain, "applied")["predictors"]
     found = sorted(int(path.name) for path in (chain.root / "few" / "few-shot").iterdir() if path.is_dir())
     truth = pd.read_csv(chain.root / "series" / "cohort" / "participants.tsv", sep="\t", dtype=str).set_index("participant_id")
     smallest = truth.loc[chain.people("discovery"), "diagnosis_binary"].value_counts().min()
-    assert found == [4, round(0.5 * smallest)]
+    assert found == [1, 4, round(0.5 * smallest)]
     drawn = {}
     for number in found:
         split = pd.read_csv(chain.root / "few" / "few-shot" / str(number) / "split.tsv", sep="\t", dtype=str)
@@ -398,7 +398,10 @@ def test_learning_curves_stand_beside_the_whole(chain: Chain) -> None:
             drawn[number, draw] = set(part.loc[part["role"] == "train", "participant_id"])
             assert truth.loc[sorted(drawn[number, draw]), "diagnosis_binary"].value_counts().tolist() == [number, number]
             assert sorted(part.loc[part["role"] == "test", "participant_id"]) == chain.people("holdout")
-    assert all(drawn[4, draw] < drawn[found[1], draw] for draw in ("1", "2", "3"))
+    assert all(drawn[1, draw] < drawn[4, draw] < drawn[found[2], draw] for draw in ("1", "2", "3"))
+    one = metrics(chain, "few/few-shot/1")
+    assert any("nobody can be held out" in note for note in one["notes"])
+    assert all(0 <= row["scores"]["auroc"]["value"] <= 1 for row in one["predictors"])
     few = metrics(chain, "few/few-shot/4")
     assert [row["name"] for row in few["predictors"]] == [row["name"] for row in metrics(chain, "few")["predictors"]]
     assert few["repeats"] == 3
