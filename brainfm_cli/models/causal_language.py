@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm_cli.errors import CheckpointMismatchError, InputNotFoundError
+from brainfm_cli.models.lora import add_low_rank, plain_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_LANGUAGE_MODEL = "smollm2-135m-instruct"
 """Name of the asset that is used where nothing else is asked for."""
 IGNORED = -100
+_QUERIES_AND_VALUES = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +114,24 @@ class CausalLanguageModel:
             self._model.to(device)
         return self
 
+    def adapt(self, rank: int) -> dict[str, nn.Parameter]:
+        """Add low-rank weights to queries and values of every layer; gives back what may be trained, by name. The model's own weights stay.
+
+        Raises
+        ------
+        CheckpointMismatchError
+            The model has no layers of these names.
+        """
+        if not add_low_rank(self._model, rank, 2.0 * rank, _QUERIES_AND_VALUES):
+            raise CheckpointMismatchError(
+                f"the language model '{self.name}' has no {' and '.join(_QUERIES_AND_VALUES)}", fix="set fit.lora=0"
+            )
+        return {name.replace(".", "_"): one for name, one in self._model.named_parameters() if one.requires_grad}
+
     def fingerprint(self) -> str:
-        """SHA-256 over all weights: what a model that was trained in front of this one remembers of it."""
+        """SHA-256 over all weights of its own, without what was added: what a model that was trained in front of this one remembers of it."""
         digest = hashlib.sha256()
-        for name, weight in sorted(self._model.state_dict().items()):
+        for name, weight in sorted(plain_tensors(self._model).items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().float().numpy().tobytes())
         return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,10 @@ class LowRank(nn.Module):
         return self.base(x) + self.scale * added
 
 
-def add_low_rank(module: nn.Module, rank: int, alpha: float) -> int:
-    """Freeze ``module`` and adapt its linear layers named in :data:`ADAPTED`, in place; gives back how many."""
+def add_low_rank(module: nn.Module, rank: int, alpha: float, names: Sequence[str] = ADAPTED) -> int:
+    """Freeze ``module`` and adapt its linear layers of these ``names``, in place; gives back how many."""
     module.requires_grad_(requires_grad=False)
-    found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children() if name in ADAPTED and isinstance(child, nn.Linear)]  # fmt: skip
+    found = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children() if name in names and isinstance(child, nn.Linear)]  # fmt: skip
     for parent, name, child in found:
         setattr(parent, name, LowRank(child, min(rank, child.in_features, child.out_features), alpha))
     return len(found)

@@ -92,7 +92,7 @@ class MlpBridge(nn.Module):
 
 
 class StudySpeaker(nn.Module):
-    """Reader and bridge: everything that is trained in front of a frozen language model."""
+    """Reader and bridge: everything that is trained in front of a frozen language model, and what was added to that model where it is adapted."""
 
     def __init__(
         self, shape: StudyShape, bridge: Bridge, q_former: QFormerShape, *, features: int, language_width: int, contrast_width: int, token_norm: float
@@ -101,6 +101,7 @@ class StudySpeaker(nn.Module):
         self.reader = StudyReader(shape, features)
         widths = {"token_width": shape.width, "language_width": language_width, "contrast_width": contrast_width}
         self.num_vectors = q_former.num_queries
+        self.language_parts = nn.ParameterDict()
         self.bridge: nn.Module = (
             MlpBridge(q_former.num_queries, **widths, token_norm=token_norm) if bridge == "mlp" else BrainBridge(q_former, **widths, token_norm=token_norm)
         )  # fmt: skip

@@ -115,11 +115,15 @@ def test_reports_are_written_checked_and_scored_beside_floors(made: SyntheticSca
 
 def test_an_excluded_disease_is_never_learnt_from(made: SyntheticScans) -> None:
     root = made.root.parent
-    assert align(root, "excluded", "exclude=[meningioma]", "fit.contrast_epochs=4") == 0  # contrast alone: the language model is not asked
+    assert (
+        align(root, "excluded", "exclude=[meningioma]", "fit.contrast_epochs=4", "fit.lora=2", "fit.speaker.bridge=mlp") == 0
+    )  # contrast alone: the language model is not asked
     model = only(root / "excluded" / "models")
     split = pd.read_csv(model / "split.tsv", sep="\t", dtype=str)
     assert set(split.loc[split["stratum"] == "meningioma", "role"]) == {"test"}
     names = {row["score"] for row in json.loads((model / "evaluation.json").read_text())}
+    said = ("caption", made.root, root / "excluded-said", "participant", "--model", model, "--participant-label", "04", "--set", *SAY)
+    assert brainfm_on_cpu(*said) == 0
     assert any(name.startswith("meningioma by its name, in no training report (zero-shot)") for name in names)
 
 

@@ -85,6 +85,30 @@ def test_contrast_tells_studies_of_other_reports_apart(tmp_path) -> None:
     assert "language" not in result.log.rows[-1]
 
 
+def test_low_rank_weights_are_trained_and_the_language_model_s_own_are_not(tmp_path) -> None:
+    from tests.models.tiny_language import trained_llama
+
+    fit = SpeakFitSettings(contrast=False, lora=2, speaker={"dropout": 0.0})
+    system, language = MriLanguageSettings(kind="mri-language", preset="nano").build(), load_language(str(trained_llama()))
+    source, _ = eight_pairs(fit, features=32)
+    before, tokens = language.fingerprint(), language.dialogues([(("a cat ?", "a dog"),)], room=8, longest=40)
+    alone = language.dialogue_loss(torch.zeros(1, 8, language.width), tokens)
+    speaker = new_speaker(system, fit, language, features=32, contrast_width=len(source.targets["00"]), seed=0)
+    assert len(speaker.language_parts) == 2 * 2 * 2  # layers, queries and values, down and up
+    torch.testing.assert_close(language.dialogue_loss(torch.zeros(1, 8, language.width), tokens), alone)  # nothing at the start
+    teller = StudyTeller(fit=fit, speaker=speaker, language=language)
+    plan = ScheduleSettings(epochs=2, patience=None, optimiser=OptimiserSettings(learning_rate=1e-2, warmup_epochs=0)).plan(0)
+    weights = train(teller, source, plan, Execution(device="cpu"), tmp_path).weights
+    assert language.fingerprint() == before
+    assert any(name.startswith("language_parts.") and name.endswith("up") and value.abs().sum() > 0 for name, value in weights.items())
+    changed = language.dialogue_loss(torch.zeros(1, 8, language.width), tokens)
+    assert not torch.allclose(changed, alone)
+    fresh = load_language(str(trained_llama()))
+    again = new_speaker(system, fit, fresh, features=32, contrast_width=len(source.targets["00"]), seed=1)
+    again.load_state_dict(weights)
+    torch.testing.assert_close(fresh.dialogue_loss(torch.zeros(1, 8, language.width), tokens), changed)
+
+
 @pytest.mark.long
 def test_a_conversation_remembers_its_first_turn_in_the_fifth(tmp_path) -> None:
     """One study, so that the same vectors stand in front: who asked, said in the first turn alone, decides the fifth answer."""

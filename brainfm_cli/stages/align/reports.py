@@ -205,7 +205,6 @@ def write_model(
         language_model=settings.llm,
         language_sha256=language_before,
         language_width=language.width,
-        token_norm=language.token_norm,
         text_encoder=settings.text_encoder,
         text_encoder_sha256=sentences.fingerprint(),
         contrast_width=len(next(iter(targets.values()))),

@@ -104,6 +104,9 @@ class SpeakFitSettings(Frozen):
     """Share of training studies with several sequences of which one is hidden."""
     built_in: bool = True
     """Whether the tasks that follow from a report (itself, closed questions, plain words) are taught; off leaves the given instructions alone."""
+    lora: int = Field(default=0, ge=0)
+    """Rank of weights that are added to queries and values of the language model and trained too; 0 trains what stands in front of it alone.
+    Its own weights stay as they are."""
     speaker: SpeakerSettings = SpeakerSettings()
     """Sizes of what is trained."""
 
@@ -119,8 +122,6 @@ class SpeakerRecord(Frozen):
     """Hash of its weights."""
     language_width: int
     """Length of its token vectors."""
-    token_norm: float
-    """Mean length of its token vectors."""
     text_encoder: str
     """Name or path of the sentence encoder."""
     text_encoder_sha256: str
@@ -268,7 +269,7 @@ def new_speaker(system: MriLanguage, fit: SpeakFitSettings, language: CausalLang
     """A speaker with fresh weights in front of a language model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _speaker(system, fit, features=features, contrast_width=contrast_width, language_width=language.width, token_norm=language.token_norm)  # fmt: skip
+        return _speaker(system, fit, language, features=features, contrast_width=contrast_width)  # fmt: skip
 
 
 def features_width(system: MriLanguage, size: int) -> int:
@@ -279,18 +280,21 @@ def features_width(system: MriLanguage, size: int) -> int:
 
 
 def _speaker(
-    system: MriLanguage, fit: SpeakFitSettings, *, features: int, contrast_width: int, language_width: int, token_norm: float
+    system: MriLanguage, fit: SpeakFitSettings, language: CausalLanguageModel, *, features: int, contrast_width: int
 ) -> StudySpeaker:
     sizes = fit.speaker.sizes(system.settings.preset)
-    return StudySpeaker(
+    made = StudySpeaker(
         StudyShape(width=sizes.width, num_layers=sizes.num_layers, num_heads=sizes.num_heads, dropout=fit.speaker.dropout, num_sequences=len(SEQUENCES), num_planes=len(PLANES)),
         fit.speaker.bridge,
         QFormerShape(num_queries=sizes.num_queries, width=sizes.width, num_layers=sizes.query_layers, num_heads=sizes.num_heads, dropout=fit.speaker.dropout),
         features=features,
-        language_width=language_width,
+        language_width=language.width,
         contrast_width=contrast_width,
-        token_norm=token_norm,
+        token_norm=language.token_norm,
     )  # fmt: skip
+    if fit.lora:
+        made.language_parts.update(language.adapt(fit.lora))  # the same parameters, so that they are trained and saved with the rest
+    return made
 
 
 def load_language(name: str) -> CausalLanguageModel:
@@ -350,10 +354,7 @@ def load_teller(model_dir: Path, *, language_model: str | None = None, device: t
     ):
         if found != known:
             raise CheckpointMismatchError(f"the {what} is not the one that the model was aligned with", where=model_dir, fix=fix)
-    speaker = _speaker(
-        system, record.fit, features=features_width(system, record.size), contrast_width=record.contrast_width, language_width=record.language_width,
-        token_norm=record.token_norm,
-    )  # fmt: skip
+    speaker = _speaker(system, record.fit, language, features=features_width(system, record.size), contrast_width=record.contrast_width)
     load_weights(speaker, model_dir / SPEAKER_FILE)
     speaker.eval()
     if device is not None:
