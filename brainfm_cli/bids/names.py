@@ -112,7 +112,7 @@ scan-evaluation
 stimuli
 bayes.tsv
 captions.tsv
-reports.tsv
+/reports.tsv
 reconstructions
 cohort
 group_qc.*

@@ -161,7 +161,7 @@ def write_report(facts: LesionFacts, *, language: Language = "en", disease: str 
         signals = "".join(f" It is {signal} on {name}." for name, signal in facts.signals)
         number = f" in {parts} parts" if parts > 1 else ""
         return Report(
-            findings=f"There is {_article(kind)} {kind}{where}{number}. It measures up to {longest:.0f} mm, with a volume of {volume:.2f} mL.{signals}",
+            findings=f"There is {_article(kind)} {kind}{where}{number}. {'Together the parts span' if parts > 1 else 'It measures up to'} {longest:.0f} mm, with a volume of {volume:.2f} mL.{signals}",
             impression=f"{kind[0].upper()}{kind[1:]}{where}, {volume:.2f} mL.",
         )
     side = {"left": "左侧", "right": "右侧", "both": "双侧", None: ""}[facts.side]

@@ -11,7 +11,9 @@ from brainfm_cli.learning.report_tasks import main_finding
 from brainfm_cli.learning.text_scores import TextScore, mean_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from brainfm_cli.learning.radiology_reports import Finding
     from brainfm_cli.signals.lesions import LesionFacts
@@ -42,7 +44,9 @@ def report_scores(
     }  # fmt: skip
 
 
-def _values(said: Sequence[Finding | None], true: Sequence[Finding | None], of) -> np.ndarray:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _values(
+    said: Sequence[Finding | None], true: Sequence[Finding | None], of: Callable[[Finding | None, Finding | None], float]
+) -> NDArray[np.float64]:
     return np.array([of(one, other) for one, other in zip(said, true, strict=True)], np.float64)
 
 
