@@ -11,6 +11,8 @@ import pytest
 
 from brainfm_cli.errors import EXIT_BAD_DATA, EXIT_NOT_FOUND, EXIT_SETTINGS
 from brainfm_cli.programs.validator import validate
+from brainfm_cli.stages.align.reports import AlignReportSettings
+from brainfm_cli.stages.prompt_tune.scan_settings import TuneScansSettings
 from tests.models.tiny_language import trained_llama, write_bert
 from tests.stages.command import brainfm, brainfm_on_cpu, only
 from tests.stages.test_mri_chain import PRETRAIN
@@ -172,3 +174,10 @@ def test_a_dry_run_writes_nothing(made: SyntheticScans, aligned: Path) -> None:
     assert brainfm("align", made.root, root / "dry", "group", "--model", only(root / "pretrain" / "models"), "--dry-run") == 0
     assert brainfm("caption", made.root, root / "dry", "participant", "--model", aligned, "--dry-run") == 0
     assert not (root / "dry").exists()
+
+
+def test_settings_of_the_example_are_read() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "brain-mri"
+    assert AlignReportSettings.read(folder / "align.yaml").fit.lora == 16
+    follow_up = TuneScansSettings.read(folder / "survival.yaml").follow_up
+    assert (follow_up.event, follow_up.competing) == ("ending", ("death",))
