@@ -45,6 +45,7 @@ from brainfm_cli.learning.targets import participant_table, read_target
 from brainfm_cli.learning.texts import DisorderText
 from brainfm_cli.learning.tuned import TunedPredictor, prepare_inputs
 from brainfm_cli.learning.tuning import TuningSettings
+from brainfm_cli.learning.uncertainty import permutation_p
 from brainfm_cli.learning.zero_shot import TextPredictor
 from brainfm_cli.stages.simulate import SimulateSettings, write_cohort
 from brainfm_cli.systems import load_system
@@ -103,7 +104,7 @@ def _aligned(model: Path) -> alignment.Aligned:
     return alignment.Aligned.load(model, alignment.alignable(load_system(model), model))
 
 
-def one(seed: int, *, models: Mapping[str, Path], people: int, atlas: str, refits: int) -> dict[str, Any]:
+def one(seed: int, *, models: Mapping[str, Path], people: int, atlas: str, refits: int, relabel: int = 0) -> dict[str, Any]:
     """AUROC and p of one null cohort, by kind."""
     row: dict[str, Any] = {"seed": seed}
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +131,19 @@ def one(seed: int, *, models: Mapping[str, Path], people: int, atlas: str, refit
             result = evaluate(target, split, {"model": predictor}, Context(table=table, models=("model",)), settings)
             found = result.metrics.of("model")
             row[kind] = {"auroc": found.scores["auroc"].value, "p": found.permutation_p, "refit_p": found.refit_p}
+            if isinstance(predictor, TextPredictor):
+                row[kind]["relabelled"] = relabelled(predictor, table.loc[sides["holdout"], "site"], relabel, seed=seed)
     return row
+
+
+def relabelled(predictor: TextPredictor, sites: pd.Series, count: int, *, seed: int) -> list[float]:
+    """P of a fixed rule where the diagnoses of its people are drawn anew, ``count`` times: nothing but the test itself is tested."""
+    rng = np.random.default_rng([seed, 1])
+    scores = np.array([predictor.scores[name] for name in sites.index])
+    predicted = np.stack([-scores, scores], axis=1)[None]
+    drawn = rng.integers(0, 2, (count, len(scores))).astype(np.float64)
+    found = [permutation_p("binary", labels, predicted, strata=sites.to_numpy(), permutations=999, rng=rng) for labels in drawn]
+    return [p for p in found if p is not None]
 
 
 def few_of(target: Target, people: Sequence[str], *, seed: int) -> list[str]:
@@ -158,7 +171,20 @@ def summary(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
         "ks_p_uniform": round(float(stats.kstest(p[~constant], "uniform").pvalue), 3),
         "mean_auroc": round(float(auroc.mean()), 4),
         "mean_auroc_se": round(float(auroc.std(ddof=1) / len(auroc) ** 0.5), 4),
+        **_relabelled([p for one in found for p in one.get("relabelled", [])]),
         "refit_p": [one["refit_p"] for one in found if one["refit_p"] is not None],
+    }
+
+
+def _relabelled(p: Sequence[float]) -> dict[str, Any]:
+    """The same of diagnoses drawn anew, where that was asked for."""
+    if not p:
+        return {}
+    alarms = int((np.array(p) <= 0.05).sum())
+    return {
+        "relabelled": len(p),
+        "relabelled_alarms": alarms,
+        "relabelled_interval": [int(x) for x in stats.binom.interval(0.95, len(p), 0.05)],
     }
 
 
@@ -167,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cohorts", type=int, default=200)
     parser.add_argument("--first", type=int, default=1, help="seed of the first cohort; the last one's is --cohorts")
+    parser.add_argument("--relabel", type=int, default=0, help="zero-shot: draw the diagnoses of each cohort anew, so many times")
     parser.add_argument("--kinds", nargs="+", choices=["tuned", "few-shot", "zero-shot"], default=["tuned"])
     parser.add_argument("--people", type=int, default=120)
     parser.add_argument("--atlas", default="Schaefer100")
@@ -185,7 +212,8 @@ def main() -> None:
         models = dict.fromkeys(arguments.kinds, model)
         if "zero-shot" in models:
             models["zero-shot"] = align(folder, model, people=arguments.aligned_people, atlas=arguments.atlas, encoder=arguments.encoder)
-        work = functools.partial(one, models=models, people=arguments.people, atlas=arguments.atlas, refits=arguments.refits)
+        sizes = {"people": arguments.people, "atlas": arguments.atlas, "refits": arguments.refits, "relabel": arguments.relabel}
+        work = functools.partial(one, models=models, **sizes)
         with (
             ProcessPoolExecutor(arguments.nprocs, mp_context=get_context("spawn")) as pool,
             arguments.out.open("a", encoding="utf-8") as out,

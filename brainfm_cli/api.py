@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.errors import UsageError
 from brainfm_cli.learning.samples import list_scans, whole_scans
-from brainfm_cli.learning.tuning import embed, prepare
+from brainfm_cli.learning.tuning import embed, prepare, select_rows
 from brainfm_cli.models.graphs import build_graphs, correlate
 from brainfm_cli.systems import System, load_system
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
     from brainfm_cli.models.graphs import Connectivity, Edges
+    from brainfm_cli.systems.brain_graph import BrainGraph
 
 _AT_ONCE = 32
 
@@ -89,6 +91,36 @@ def embed_cohort(model: System, cohort: Cohort, atlas: str | None = None, *, par
     values = embed(model, inputs, model.new_prompt(label).state_dict())
     columns = [f"e{column:03d}" for column in range(values.shape[1])]
     return pd.DataFrame(values, index=pd.Index(inputs.participants, name="participant"), columns=columns)
+
+
+def attention_rollout(model: BrainGraph, cohort: Cohort, atlas: str, *, participants: Sequence[str] = ()) -> pd.DataFrame:
+    """Attention rollout of a brain-graph model: from which regions what is read out can come, mean over each participant's runs.
+
+    Returns
+    -------
+    One row per participant, columns ``disorder token``, ``atlas token`` and the names of the regions; rows add up to 1. It says
+    where a model looks, not what speaks for an answer: that is ``predict group --set explain…``.
+
+    Raises
+    ------
+    CheckpointMismatchError
+        The atlas has other regions than the model's.
+    UsageError
+        Model and cohort do not share the atlas.
+    """
+    if atlas not in model.usable_atlases(cohort):
+        raise UsageError(
+            f"model and cohort do not share the atlas '{atlas}'", fix=f"choose one of: {', '.join(model.usable_atlases(cohort))}"
+        )
+    inputs = prepare(model, cohort, list(participants) or list(cohort.participants.index), atlas)
+    prompt, rows = model.new_prompt(atlas), torch.arange(len(inputs.owner))
+    with torch.no_grad():
+        parts = [
+            model.model.rollout(select_rows(inputs.graphs, part), prompt=prompt.graph, disorder=prompt.token)
+            for part in rows.split(_AT_ONCE)
+        ]
+    columns = ["disorder token", "atlas token", *cohort.atlases[atlas].regions.names]
+    return pd.DataFrame(inputs.average(torch.cat(parts)), index=pd.Index(inputs.participants, name="participant"), columns=columns)
 
 
 def cohort_graphs(

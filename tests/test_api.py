@@ -10,7 +10,7 @@ import torch
 from torch_geometric.nn import GCNConv
 from torch_geometric.utils import is_undirected
 
-from brainfm_cli.api import cohort_graphs, embed_cohort, load_cohort, load_model
+from brainfm_cli.api import attention_rollout, cohort_graphs, embed_cohort, load_cohort, load_model
 from brainfm_cli.config import Execution
 from brainfm_cli.errors import BrainFMError, InputNotFoundError, UsageError
 from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, pretrain_model
@@ -47,6 +47,16 @@ def test_an_embedded_cohort_is_what_the_model_says_of_each_run(folders: tuple[Pa
     some = embed_cohort(model, cohort, "Toy", participants=["p003", "p001"])
     assert list(some.index) == ["p003", "p001"]
     np.testing.assert_allclose(some, table.loc[["p003", "p001"]], atol=1e-5)
+
+
+def test_attention_rollout_is_a_share_of_each_region(folders: tuple[Path, Path]) -> None:
+    cohort, model = load_cohort(folders[0]), load_model(folders[1])
+    table = attention_rollout(model, cohort, "Toy", participants=["p003", "p001"])
+    assert list(table.index) == ["p003", "p001"]
+    assert list(table.columns) == ["disorder token", "atlas token", *cohort.atlases["Toy"].regions.names]
+    np.testing.assert_allclose(table.sum(axis=1), 1.0, atol=1e-5)
+    with pytest.raises(UsageError, match="do not share the atlas 'AAL116'"):
+        attention_rollout(model, cohort, "AAL116")
 
 
 def test_a_loaded_model_is_frozen(folders: tuple[Path, Path]) -> None:

@@ -74,6 +74,13 @@ def biased_attention(qkv: Tensor, bias: EdgeBias, weights: Tensor | None, *, dro
     return mixed.transpose(1, 2).flatten(2)
 
 
+def attention_weights(qkv: Tensor, bias: EdgeBias, weights: Tensor | None) -> Tensor:
+    """(batch, heads, tokens, tokens) what each token attends to; arguments as for :func:`biased_attention`."""
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)
+    mask, scores = head_bias(bias, weights), q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores if mask is None else scores + mask).softmax(-1)
+
+
 def head_bias(bias: EdgeBias, weights: Tensor | None) -> Tensor | None:
     """(batch, heads or 1, tokens, tokens) additive attention bias; none where there is nothing to add."""
     total: Tensor | None = None

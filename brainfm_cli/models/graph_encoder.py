@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from brainfm_cli.models.attention import EdgeBias, biased_attention
+from brainfm_cli.models.attention import EdgeBias, attention_weights, biased_attention
 from brainfm_cli.models.graphs import NUM_WALK_STEPS, known_complete, normalised_adjacency
 
 
@@ -86,12 +86,19 @@ class TransformerLayer(nn.Module):
 
     def forward(self, tokens: Tensor, bias: EdgeBias) -> Tensor:
         """(batch, tokens, width) of the same shape."""
-        batch, length, width = tokens.shape
-        qkv = self.qkv(self.attention_norm(tokens)).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        mixed = biased_attention(qkv, bias, self.edge_bias, dropout=self.dropout if self.training else 0.0)
+        mixed = biased_attention(self._heads(tokens), bias, self.edge_bias, dropout=self.dropout if self.training else 0.0)
         tokens = tokens + self._drop(self.merge(mixed))
         inner = self._drop(functional.gelu(self.expand(self.feedforward_norm(tokens))))
         return tokens + self._drop(self.contract(inner))
+
+    def attended(self, tokens: Tensor, bias: EdgeBias) -> Tensor:
+        """(batch, tokens, tokens) attention weights, mean over heads."""
+        return attention_weights(self._heads(tokens), bias, self.edge_bias).mean(1)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens, 3, heads, head width) queries, keys and values."""
+        batch, length, width = tokens.shape
+        return self.qkv(self.attention_norm(tokens)).view(batch, length, 3, self.num_heads, width // self.num_heads)
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, training=True) if self.training and self.dropout > 0 else x
@@ -163,12 +170,36 @@ class GraphEncoder(nn.Module):
         """Region vectors and readout; ``disorder`` is an optional (batch, width) token."""
         tokens = self.tokens(graphs, disorder)
         everyone = known_complete(graphs.present)
-        bias = EdgeBias.over_tokens(graphs.adjacency, graphs.edge_prompt, None if everyone else graphs.present, num_extra=self.NUM_EXTRA)
-        propagation = normalised_adjacency(graphs.adjacency)
+        bias, propagation = self._edges(graphs), normalised_adjacency(graphs.adjacency)
         for block in self.blocks:
             tokens = block(tokens, bias, propagation, self.NUM_EXTRA)
         nodes = self.norm(tokens[:, self.NUM_EXTRA :])
         return Encoding(nodes=nodes, readout=read_out(nodes, None if everyone else graphs.present))
+
+    @torch.no_grad()
+    def rollout(self, graphs: EncoderInput, disorder: Tensor | None = None) -> Tensor:
+        """(batch, 2 + regions) share of each first token in the mean region that is read out; rows add up to 1.
+
+        Attention rollout (Abnar and Zuidema 2020): heads are averaged, half of every layer is its residual, and layers are
+        multiplied. A graph convolution counts as a layer whose weights are its propagation, rows scaled to 1. What values and
+        feed-forward parts do is left out: a map of where information can come from, no attribution.
+        """
+        tokens, bias, propagation = self.tokens(graphs, disorder), self._edges(graphs), normalised_adjacency(graphs.adjacency)
+        spread = propagation / propagation.sum(-1, keepdim=True)
+        flow = torch.eye(tokens.shape[1], device=tokens.device).expand(len(tokens), -1, -1)
+        for block in self.blocks:
+            for layer in block.layers:
+                flow = (flow + layer.attended(tokens, bias) @ flow) / 2
+                tokens = layer(tokens, bias)
+            extra, regions = flow.split([self.NUM_EXTRA, flow.shape[1] - self.NUM_EXTRA], dim=1)
+            flow = torch.cat([extra, (regions + spread @ regions) / 2], dim=1)
+            tokens = torch.cat([tokens[:, : self.NUM_EXTRA], block.convolution(tokens[:, self.NUM_EXTRA :], propagation)], dim=1)
+        share = graphs.present / graphs.present.sum(1, keepdim=True).clamp_min(1)
+        return torch.einsum("br,brt->bt", share, flow[:, self.NUM_EXTRA :])
+
+    def _edges(self, graphs: EncoderInput) -> EdgeBias:
+        present = None if known_complete(graphs.present) else graphs.present
+        return EdgeBias.over_tokens(graphs.adjacency, graphs.edge_prompt, present, num_extra=self.NUM_EXTRA)
 
     def tokens(self, graphs: EncoderInput, disorder: Tensor | None = None) -> Tensor:
         """(batch, 2 + regions, width) tokens before the first block."""

@@ -56,6 +56,10 @@ class GraphModel(nn.Module):
         """Encode standardised graphs; ``prompt`` replaces the model's own, ``disorder`` is a (batch, width) token."""
         return self.encoder(self.prompted(graphs, prompt=prompt, disorder=disorder), disorder)
 
+    def rollout(self, graphs: Graphs, *, prompt: GraphPrompt | None = None, disorder: Tensor | None = None) -> Tensor:
+        """(batch, 2 + regions) attention rollout (:meth:`GraphEncoder.rollout`); arguments as for :meth:`encode`."""
+        return self.encoder.rollout(self.prompted(graphs, prompt=prompt, disorder=disorder), disorder)
+
     def prompted(self, graphs: Graphs, *, prompt: GraphPrompt | None = None, disorder: Tensor | None = None) -> EncoderInput:
         """The encoder's input: graphs after the prompt, with random-walk encodings of the unprompted graph."""
         named, atlas = self.encoder.context(graphs.atlas, disorder)

@@ -295,3 +295,33 @@ def test_shapes_of_the_presets_fit_their_heads() -> None:
         assert shape.width % shape.num_heads == 0
         encoder = GraphEncoder(replace(shape, num_blocks=1), {"Toy": 7})
         assert encoder.node_identity["Toy"].shape == (7, shape.width)
+
+
+def test_rollout_follows_attention_and_edges(model: GraphModel) -> None:
+    """Rows add up to 1; absent regions give nothing; the weights are those that attention uses."""
+    graphs = graphs_of(absent=(2, 7))
+    flow = model.rollout(graphs)
+    torch.testing.assert_close(flow.sum(1), torch.ones(3))
+    assert bool((flow[0, [4, 9]] == 0).all())
+    assert bool((flow[1:, 2:] > 0).all())
+    given = model.prompted(graphs)
+    layer, tokens, bias = model.encoder.blocks[0].layers[0], model.encoder.tokens(given), model.encoder._edges(given)
+    qkv = layer._heads(tokens)
+    weights = attention.attention_weights(qkv, bias, layer.edge_bias)
+    mixed = torch.einsum("bhqk,bkhw->bqhw", weights, qkv[:, :, 2]).flatten(2)
+    torch.testing.assert_close(mixed, biased_attention(qkv, bias, layer.edge_bias), atol=1e-5, rtol=1e-4)
+
+
+def test_rollout_without_attention_is_the_graph() -> None:
+    """Queries of zero attend to all tokens alike: one block is half itself, half the mean, then half a step over the edges."""
+    model = GraphModel(replace(SHAPE, num_blocks=1, num_layers=1), ATLASES).eval()
+    layer = model.encoder.blocks[0].layers[0]
+    with torch.no_grad():
+        layer.qkv.weight.zero_()
+        layer.qkv.bias.zero_()
+    graphs = graphs_of(items=1)
+    spread = normalised_adjacency(model.prompted(graphs).adjacency)
+    spread = spread / spread.sum(-1, keepdim=True)
+    first = 0.5 * torch.eye(12) + torch.full((12, 12), 0.5 / 12)
+    wanted = ((first[2:] + spread[0] @ first[2:]) / 2).mean(0)
+    torch.testing.assert_close(model.rollout(graphs)[0], wanted)
