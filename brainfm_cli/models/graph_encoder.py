@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -187,8 +188,8 @@ class GraphEncoder(nn.Module):
         tokens, bias, propagation = self.tokens(graphs, disorder), self._edges(graphs), normalised_adjacency(graphs.adjacency)
         spread = propagation / propagation.sum(-1, keepdim=True)
         flow = torch.eye(tokens.shape[1], device=tokens.device).expand(len(tokens), -1, -1)
-        for block in self.blocks:
-            for layer in block.layers:
+        for block in cast("list[Block]", list(self.blocks)):
+            for layer in cast("list[TransformerLayer]", list(block.layers)):
                 flow = (flow + layer.attended(tokens, bias) @ flow) / 2
                 tokens = layer(tokens, bias)
             extra, regions = flow.split([self.NUM_EXTRA, flow.shape[1] - self.NUM_EXTRA], dim=1)
