@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.config import Frozen
@@ -26,9 +25,8 @@ from brainfm_cli.models.rivals import SliceNetwork
 from brainfm_cli.models.study_head import GatedAttentionHead
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings, make_view
 from brainfm_cli.systems.mri_language.encoder import context_of
-
-if TYPE_CHECKING:
-    from brainfm_cli.systems.mri_language.outcomes import StudyTask
+from brainfm_cli.systems.mri_language.outcomes import StudyTask
+from brainfm_cli.systems.mri_language.people_batches import PeopleBatches
 
 Tune = Literal["linear", "lora", "full"]
 ADAPTED_FILE = "adapted.safetensors"
@@ -125,7 +123,7 @@ class DrawnBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnStudies:
+class DrawnStudies(PeopleBatches[DrawnBatch]):
     """Batches of studies of which a few slices are read, as the training loop wants them."""
 
     cohort: SliceCohort
@@ -136,34 +134,8 @@ class DrawnStudies:
     """What is asked, and what is known of everybody."""
     clinical: Mapping[str, NDArray[np.float32]]
     """(clinical variables,) by participant."""
-    people: tuple[str, ...]
-    """Who trains."""
-    validation_people: tuple[str, ...]
-    """Who chooses the epoch."""
-    batch_size: int
-    """Studies per batch."""
     slices: int
     """Slices per study."""
-    seed: int
-    """Of order and draws."""
-
-    @cached_property
-    def num_batches(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.people) // self.batch_size)
-
-    def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[DrawnBatch]:
-        """One epoch of this rank's batches."""
-        order = [self.people[place] for place in np.random.default_rng([self.seed, epoch]).permutation(len(self.people))]
-        return _Drawn(self, self._parts(order, rank, world_size), epoch)
-
-    def validation(self, *, rank: int, world_size: int) -> Dataset[DrawnBatch] | None:
-        """The same slices of the same studies in every epoch."""
-        return _Drawn(self, self._parts(list(self.validation_people), rank, world_size), None) if self.validation_people else None
-
-    def _parts(self, order: Sequence[str], rank: int, world_size: int) -> list[list[str]]:
-        parts = [list(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)]
-        return [part[rank::world_size] or part[:1] for part in parts]
 
     def batch(self, people: Sequence[str], epoch: int | None) -> DrawnBatch:
         """Studies of these people: drawn slices in training, evenly spaced ones in validation."""
@@ -188,19 +160,6 @@ class DrawnStudies:
     @cached_property
     def _source(self) -> SliceBatches:
         return all_slices(self.cohort)
-
-
-class _Drawn(Dataset[DrawnBatch]):
-    """Batches by place; pixels are read when they are asked for."""
-
-    def __init__(self, source: DrawnStudies, parts: list[list[str]], epoch: int | None) -> None:
-        self._source, self._parts, self._epoch = source, parts, epoch
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, place: int) -> DrawnBatch:
-        return self._source.batch(self._parts[place], self._epoch)
 
 
 class ReadStudies(nn.Module):

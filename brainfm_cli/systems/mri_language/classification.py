@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.learning.slice_samples import all_slices
@@ -20,6 +17,7 @@ from brainfm_cli.models.mri_encoder import Context, MriEncoder, MriEncoding
 from brainfm_cli.models.study_head import GatedAttentionHead
 from brainfm_cli.systems.mri_language.encoder import context_of
 from brainfm_cli.systems.mri_language.outcomes import StudyTask, balanced_weights
+from brainfm_cli.systems.mri_language.people_batches import PeopleBatches, study_key
 
 _ENCODE_BATCH = 32
 HEAD_WIDTH, HEAD_DROPOUT = 64, 0.2
@@ -100,7 +98,7 @@ class StudyBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyBatches:
+class StudyBatches(PeopleBatches[StudyBatch]):
     """Batches of studies, as the training loop wants them."""
 
     features: StudyFeatures
@@ -111,34 +109,8 @@ class StudyBatches:
     """(clinical variables,) by participant."""
     sequences: Mapping[str, NDArray[np.int64]]
     """(slices,) number of the sequence of each slice, by participant: one is hidden now and then, so that studies that lack it are read too."""
-    people: tuple[str, ...]
-    """Who trains."""
-    validation_people: tuple[str, ...]
-    """Who chooses the epoch."""
-    batch_size: int
-    """Studies per batch."""
-    seed: int
-    """Of the order and of hidden sequences."""
     drop_sequence: float = 0.3
     """Share of training studies with several sequences of which one is hidden."""
-
-    @cached_property
-    def num_batches(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.people) // self.batch_size)
-
-    def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[StudyBatch]:
-        """One epoch of this rank's batches."""
-        order = [self.people[place] for place in np.random.default_rng([self.seed, epoch]).permutation(len(self.people))]
-        return _Studies(self, self._parts(order, rank, world_size), epoch)
-
-    def validation(self, *, rank: int, world_size: int) -> Dataset[StudyBatch] | None:
-        """The same studies in every epoch, whole."""
-        return _Studies(self, self._parts(list(self.validation_people), rank, world_size), None) if self.validation_people else None
-
-    def _parts(self, order: Sequence[str], rank: int, world_size: int) -> list[list[str]]:
-        parts = [list(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)]
-        return [part[rank::world_size] or part[:1] for part in parts]
 
     def batch(self, people: Sequence[str], epoch: int | None) -> StudyBatch:
         """Studies of these people."""
@@ -166,25 +138,6 @@ class StudyBatches:
         if epoch is None or len(kinds) < 2 or draw.random() >= self.drop_sequence:
             return np.ones(len(numbers), bool)
         return np.asarray(numbers != draw.choice(kinds), bool)
-
-
-class _Studies(Dataset[StudyBatch]):
-    """Batches by place."""
-
-    def __init__(self, source: StudyBatches, parts: list[list[str]], epoch: int | None) -> None:
-        self._source, self._parts, self._epoch = source, parts, epoch
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, place: int) -> StudyBatch:
-        return self._source.batch(self._parts[place], self._epoch)
-
-
-def study_key(seed: int, label: str, epoch: int | None) -> int:
-    """What the random draws of a study depend on: the same in every run, another in every epoch of training."""
-    text = f"{seed}|{label}|{'validation' if epoch is None else epoch}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)

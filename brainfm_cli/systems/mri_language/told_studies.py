@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from brainfm_cli.models.mri_encoder import Context
-from brainfm_cli.systems.mri_language.classification import study_key
+from brainfm_cli.systems.mri_language.people_batches import PeopleBatches, study_key
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -43,7 +41,7 @@ class ToldBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldStudies:
+class ToldStudies(PeopleBatches[ToldBatch]):
     """Batches of studies, as the training loop wants them."""
 
     slices: Mapping[str, Tensor]
@@ -58,36 +56,10 @@ class ToldStudies:
     """What may be taught of each participant, facts in the question."""
     without_facts: Mapping[str, tuple[Turns, ...]]
     """The same without facts."""
-    people: tuple[str, ...]
-    """Who trains."""
-    validation_people: tuple[str, ...]
-    """Who chooses the epoch."""
-    batch_size: int
-    """Studies per batch."""
-    seed: int
-    """Of the order and of all draws."""
     drop_sequence: float
     """Share of training studies of which a sequence is hidden."""
     drop_facts: float
     """Share of training studies whose facts are left out."""
-
-    @cached_property
-    def num_batches(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.people) // self.batch_size)
-
-    def training(self, epoch: int, *, rank: int, world_size: int) -> Dataset[ToldBatch]:
-        """One epoch of this rank's batches."""
-        order = [self.people[place] for place in np.random.default_rng([self.seed, epoch]).permutation(len(self.people))]
-        return _Told(self, self._parts(order, rank, world_size), epoch)
-
-    def validation(self, *, rank: int, world_size: int) -> Dataset[ToldBatch] | None:
-        """The same conversations about the same studies in every epoch."""
-        return _Told(self, self._parts(list(self.validation_people), rank, world_size), None) if self.validation_people else None
-
-    def _parts(self, order: Sequence[str], rank: int, world_size: int) -> list[list[str]]:
-        parts = [list(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)]
-        return [part[rank::world_size] or part[:1] for part in parts]
 
     def batch(self, people: Sequence[str], epoch: int | None) -> ToldBatch:
         """Studies of these people."""
@@ -127,16 +99,3 @@ class ToldStudies:
         hides = training and draw.random() < self.drop_facts
         known = (self.without_facts if hides else self.conversations)[label]
         return known[int(draw.integers(len(known)))]
-
-
-class _Told(Dataset[ToldBatch]):
-    """Batches by place."""
-
-    def __init__(self, source: ToldStudies, parts: list[list[str]], epoch: int | None) -> None:
-        self._source, self._parts, self._epoch = source, parts, epoch
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, place: int) -> ToldBatch:
-        return self._source.batch(self._parts[place], self._epoch)
