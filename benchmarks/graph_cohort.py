@@ -2,7 +2,8 @@
 
 One population in nine atlases, four disorders. A model is pretrained on the discovery people in eight of the atlases; the holdout
 people are tested. `all` and `few`: any disorder against none, beside the floors. `text`: two disorders that alignment was not shown,
-by their texts alone, in the grammar of the table and in free prose; `labels`: the same two with few labels beside their text. `ninth`: the ninth atlas is added to the finished model, and every atlas is then tested by itself.
+by their texts alone, in the grammar of the table and in free prose; `labels`: the same two with few labels beside
+their text. `ninth`: the ninth atlas is added to the finished model, and every atlas is then tested by itself.
 
     python benchmarks/graph_cohort.py OUTPUT --participants 1000 --epochs 6 --device cuda
     python benchmarks/graph_cohort.py OUTPUT --steps summary

@@ -7,6 +7,8 @@ import io
 from dataclasses import dataclass, field
 from typing import Any
 
+PROBE = "monitor_probe_"
+"""What probes found stands in columns of this name."""
 _FIRST = ("kind", "step", "epoch", "learning_rate", "loss")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from brainfm_cli.learning.log import PROBE
 from brainfm_cli.reports.page import Page, Section, figure, table
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def training_page(
     ``people`` is a small table of who trained and who chose the epoch; ``sections`` stand before the curves.
     """
     terms = [name for name in log.terms() if not name.startswith(_MONITOR)]
-    monitors = [name for name in log.terms() if name.startswith(_MONITOR)]
+    probes = [name for name in log.terms() if name.startswith(PROBE)]
+    monitors = [name for name in log.terms() if name.startswith(_MONITOR) and name not in probes]
     shown = [
         *sections,
         Section(
@@ -54,6 +56,15 @@ def training_page(
                 title="Alarms",
                 lead="Not trained on. An embedding spread near 0, or one distinct decoded row, would mean that the model has collapsed.",
                 blocks=(_curves(log, monitors, "monitors"),),
+            )
+        )
+    if probes:
+        shown.append(
+            Section(
+                title="Probes",
+                lead="What a linear model reads from the untuned embedding after each epoch: AUROC of classes (chance 0.5), correlation of "
+                "numbers (chance 0). A site that is told ever better is what the model should not learn.",
+                blocks=(_curves(log, probes, "probes"),),
             )
         )
     if people is not None:

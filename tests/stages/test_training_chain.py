@@ -145,6 +145,9 @@ def test_pretraining_took_the_steps_and_people_asked_for(chain: Chain) -> None:
     log = pd.read_csv(folder / "log.csv")
     assert list(log["kind"]) == ["train", "train", "validation"]
     assert np.isfinite(log["loss"]).all()
+    assert log["monitor_probe_site"].notna().tolist() == [False, False, True]
+    assert f"site {log['monitor_probe_site'].iloc[-1]:.2f}" in (folder / "README.md").read_text()
+    assert "<h2>Probes</h2>" in (folder / "report.html").read_text()
     assert not read_model_config(folder).tuning
 
 

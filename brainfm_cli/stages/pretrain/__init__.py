@@ -17,6 +17,7 @@ from brainfm_cli.errors import UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.image_split import ImageSplitSettings
+from brainfm_cli.learning.log import PROBE
 from brainfm_cli.learning.pretraining import PretrainingSettings, new_atlases, prepare, prepare_addition, pretrain_model
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.reports.training import training_page
@@ -157,6 +158,7 @@ def model_card(name: str, prepared: Prepared, settings: PretrainingSettings, res
         f"* Trained on {len(prepared.training)} people ({len(prepared.source.scans)} scans) of: {datasets}",
         f"* Epoch chosen on {len(prepared.validation)} other people: {result.position.best_epoch}, loss {result.position.best_loss}",
         f"* Optimiser steps: {result.position.step}; seed {settings.seed}",
+        *_probed(result),
         "",
         "Use: `brainfm prompt-tune COHORT OUTPUT group --model THIS_FOLDER --target COLUMN`.",
         "",
@@ -174,6 +176,14 @@ def model_card(name: str, prepared: Prepared, settings: PretrainingSettings, res
         "Weights derive from the data they were trained on and keep its conditions of use.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _probed(result: TrainingResult) -> list[str]:
+    """A line of the model card: what the embedding tells of people; none where nothing was probed."""
+    names = [name for name in result.log.terms() if name.startswith(PROBE)]
+    last = {name.removeprefix(PROBE): result.log.curve("validation", name)[1][-1] for name in names}
+    told = ", ".join(f"{name} {value:.2f}" for name, value in last.items())
+    return [f"* Read from the untuned embedding after the last epoch (AUROC of classes, correlation of numbers): {told}"] if told else []
 
 
 def _citation(factory: Factory | BrainCaptionSettings | MriLanguageSettings) -> str:
