@@ -33,13 +33,15 @@ from sklearn.metrics import matthews_corrcoef
 from sklearn.model_selection import StratifiedKFold
 
 from brainfm_cli.bids.cohort import Cohort
+from brainfm_cli.bids.derivatives import write_text
 from brainfm_cli.config import Execution
 from brainfm_cli.errors import InputDatasetError
+from brainfm_cli.learning.checkpoints import write_tensors
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
 from brainfm_cli.learning.floors import FloorSettings, make_floors
 from brainfm_cli.learning.loop import OptimiserSettings
 from brainfm_cli.learning.pooling import pool_all, run_folds
-from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, pretrain_model
+from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, pretrain_model, whole_training_scans
 from brainfm_cli.learning.regions import RegionFloor
 from brainfm_cli.learning.results import Pooled
 from brainfm_cli.learning.scores import score
@@ -71,6 +73,7 @@ CONNECTIVITY = ("edges", "edges_log", "groups", "groups_log")
 _HIDDEN = 32
 BLOCKS = {"both": (EMBEDDING, *CONNECTIVITY), "series only": (EMBEDDING,), "connectivity only": CONNECTIVITY}
 RANDOM = ", random frozen encoder"
+FITTED = f"{RANDOM}, axes fitted on the same people"
 ATTAINABLE = "linear model on the planted features"
 FLOORS = FloorSettings(kinds=("majority", "spread", "fisherz", "tangent", "kernel-ridge"))
 
@@ -96,14 +99,19 @@ def simulate(
     return Cohort.open(folder / "cohort")
 
 
-def pretrain(folder: Path, *, people: int, atlas: str, epochs: int) -> None:
-    """The shared encoder."""
+def pretrain(folder: Path, *, people: int, atlas: str, epochs: int, spectrum: float = 0.5) -> None:
+    """The shared encoder; in ``random`` below it one with random weights, whose readout is fitted on the same people."""
     with tempfile.TemporaryDirectory() as scratch:
         cohort = simulate(Path(scratch), seed=_PRETRAINING_SEED, patients=0, drug_free=people, atlas=atlas)
         chosen = sorted(cohort.participants.index[cohort.participants["cohort"] == "drug-free"])
         settings = PretrainingSettings(epochs=epochs, batch_size=16, optimiser=OptimiserSettings(learning_rate=2e-3))
-        prepared = prepare(DrugResponseSettings(kind="drug-response", preset="tiny"), settings, cohort, chosen)
-        pretrain_model(prepared, settings, Execution(device="cpu"), folder)
+        system = DrugResponseSettings.from_values({"kind": "drug-response", "preset": "tiny", "masking": {"spectrum": spectrum}})
+        prepared = prepare(system, settings, cohort, chosen)
+        pretrain_model(prepared, settings, Execution(), folder)
+        twin = prepared.system.randomised(0)
+        twin.fit_readout(whole_training_scans(prepared))
+        write_tensors(folder / "random" / "model.safetensors", twin.module.state_dict())
+        write_text(folder / "random" / "config.yaml", prepared.config.to_yaml())
 
 
 def planted(
@@ -119,6 +127,9 @@ def planted(
         table = participant_table(cohort)
         row: dict[str, Any] = {"seed": seed, "patients": patients, "effect": effect, "repeats": repeats, "scores": {}, "bayes": {}}
         inputs = encode(system, cohort, list(table.index))
+        if (model / "random").is_dir():
+            twin = load_system(model / "random")
+            inputs[FITTED] = (twin, prepare_inputs(twin, cohort, list(table.index), sorted(cohort.atlases)))
         for name in ("response", "analgesia"):
             target = read_target(cohort, name)
             predictors = _predictors(inputs) | make_floors(cohort, target, table, FLOORS).predictors
@@ -307,7 +318,9 @@ def report_planted(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         table = {key: [row["scores"][name][key][metric] for row in rows] for key in rows[0]["scores"][name]}
         table = {key: values for key, values in table.items() if None not in values}
         part: dict[str, Any] = {"scores": {key: mean(values) for key, values in table.items()}}
-        pairs = [("both", other) for other in table if other != "both"] + [("series only", f"series only{RANDOM}")]
+        pairs = [("both", other) for other in table if other != "both"] + [
+            ("series only", other) for other in table if other.startswith("series only,")
+        ]
         part["differences"] = {
             f"{first} - {second}": mean(np.subtract(table[first], table[second]))
             for first, second in pairs  # type: ignore[arg-type]
@@ -384,6 +397,7 @@ def main() -> None:
         "--people", type=int, default=2000, help="drug-free people to pretrain on, or people from whom null trials are drawn"
     )
     parser.add_argument("--epochs", type=int, default=3, help="of the pretraining")
+    parser.add_argument("--spectrum", type=float, default=0.5, help="weight of log spectra in the pretraining")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--first", type=int, default=1, help="seed of the first trial, so that several processes share a study")
     parser.add_argument("--rivals", nargs="*", choices=list(RIVAL_NAMES), default=(), help="networks without pretraining beside the model")
@@ -402,7 +416,7 @@ def main() -> None:
     if arguments.model is None:
         parser.error("--model is needed")
     if arguments.study == "pretrain":
-        pretrain(arguments.model, people=arguments.people, atlas=arguments.atlas, epochs=arguments.epochs)
+        pretrain(arguments.model, people=arguments.people, atlas=arguments.atlas, epochs=arguments.epochs, spectrum=arguments.spectrum)
         return
     if arguments.out is None:
         parser.error("--out is needed")

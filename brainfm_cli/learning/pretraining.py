@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -123,6 +123,14 @@ class Pretrainable(Trainable, Protocol):
 
     def fit_normalisation(self, windows: Iterable[Windows]) -> dict[str, Any]:
         """Take over the statistics of the training people's whole scans; gives back a summary of plain values."""
+
+
+@runtime_checkable
+class Read(Protocol):
+    """A system whose readout is fitted once its encoder is trained."""
+
+    def fit_readout(self, windows: Iterable[Windows]) -> None:
+        """Learn from the training people's whole scans; buffers of the module change, no parameter does."""
 
 
 class SystemFactory(Protocol):
@@ -314,7 +322,7 @@ def pretrain_model(
     normalisation = folder / "normalisation.json"
     if newest_state(checkpoints) is None or not normalisation.is_file():
         before = {} if prepared.base is None else _read_json(prepared.base / normalisation.name)
-        write_json(normalisation, before | prepared.system.fit_normalisation(_whole(prepared)))
+        write_json(normalisation, before | prepared.system.fit_normalisation(whole_training_scans(prepared)))
     people = (*prepared.training, *prepared.validation)
     probe = make_probes(prepared.system, prepared.source.cohort, people, prepared.atlases, settings.probes, seed=settings.seed)
     result = train(prepared.system, prepared.source, settings.plan, execution, checkpoints, probe=probe)
@@ -323,8 +331,10 @@ def pretrain_model(
     if not result.is_first_rank:
         result.barrier()
         return result, []
+    if isinstance(prepared.system, Read):
+        prepared.system.fit_readout(whole_training_scans(prepared))
     files = [
-        write_tensors(folder / "model.safetensors", result.weights),
+        write_tensors(folder / "model.safetensors", prepared.system.module.state_dict()),
         write_text(folder / "config.yaml", prepared.config.to_yaml()),
         normalisation,
         write_text(folder / "log.csv", result.log.to_csv()),
@@ -339,7 +349,8 @@ def is_finished(folder: Path) -> bool:
     return (folder / "provenance.json").is_file()
 
 
-def _whole(prepared: Prepared) -> Iterator[Windows]:
+def whole_training_scans(prepared: Prepared) -> Iterator[Windows]:
+    """The training people's whole scans in the atlases that are learnt, in batches."""
     for label in prepared.atlases:
         scans = [scan for scan in prepared.source.scans if label in scan.rows]
         for start in range(0, len(scans), _NORMALISATION_BATCH):

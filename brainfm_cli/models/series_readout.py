@@ -14,6 +14,7 @@ from brainfm_cli.models.series_encoder import SeriesEncoder, SeriesEncoding, cut
 
 _SHARPNESS = 10.0
 """How fast weights of regions follow the prompt: steps of 0.01 must matter within tens of them."""
+_SHRINKAGE = 0.1  # of the covariance within scans towards equal variances: some of hundreds are nearly none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +90,50 @@ class SeriesClassifier(nn.Module):
         regions = sum_by_region(encoding, patches.usable) / counts.clamp_min(1)[:, :, None]
         read: Tensor = self.leave(self.readout(SeriesReadout(atlas="", summary=encoding.summary, regions=regions, present=counts > 0)))
         return read
+
+
+class ReliableAxes(nn.Module):
+    """The part of an atlas' readout that differs between people and not within a scan, learnt from scans without labels.
+
+    A readout has hundreds of numbers, most of which change from one half of a scan to the other as much as from one person to the
+    next; in a small trial a head cannot tell which. The axes are those of the largest variance between people where that within
+    scans is one (canonical axes of repeated measures; cf. probabilistic LDA, Ioffe 2006), each times the root of its reliability.
+    """
+
+    def __init__(self, features: int, axes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("axes", torch.zeros(features, min(axes, features)))
+        self.register_buffer("reliability", torch.zeros(min(axes, features)))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether axes were learnt; without them a readout stays as it is."""
+        return bool(self.get_buffer("reliability").any())
+
+    def forward(self, readout: Tensor) -> Tensor:
+        """(runs, axes) from (runs, features)."""
+        return (readout - self.get_buffer("mean")) @ self.get_buffer("axes") if self.fitted else readout
+
+    def fit(self, first: Tensor, second: Tensor) -> None:
+        """Learn from the (scans, features) readouts of both halves of the same scans."""
+        first, second = first.double(), second.double()
+        mean = (first.mean(0) + second.mean(0)) / 2
+        one, other = first - first.mean(0), second - second.mean(0)
+        spread = ((one.square().mean(0) + other.square().mean(0)) / 2).sqrt().clamp_min(1e-9)
+        one, other = one / spread, other / spread
+        within = (one - other).T @ (one - other) / (2 * len(one))
+        within += _SHRINKAGE * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype, device=within.device)
+        values, vectors = torch.linalg.eigh(within)
+        whiten = vectors / values.sqrt()
+        both = whiten.T @ (one.T @ other + other.T @ one) @ whiten / (2 * len(one))
+        between, turn = torch.linalg.eigh(both)
+        count = self.get_buffer("reliability").shape[0]
+        between, turn = between.flip(0)[:count].clamp_min(0), turn.flip(1)[:, :count]
+        reliability = between / (between + 1)
+        # an eigenvector's sign is anybody's guess: its largest entry is positive
+        axes = whiten @ turn
+        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+        self.get_buffer("mean").copy_(mean)
+        self.get_buffer("axes").copy_(axes * reliability.sqrt() / spread[:, None])
+        self.get_buffer("reliability").copy_(reliability)

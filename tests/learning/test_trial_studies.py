@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from brainfm_cli.learning.attributions import ExplanationSettings
+from brainfm_cli.systems import drug_response, load_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,14 @@ def test_planted_regions_and_modality_are_recovered_and_the_share_moves(studies:
         assert found["largest_gap"] < 0.05, modality
     assert row["series"]["maps"]["zero"]["share"]["series"] - row["connectivity"]["maps"]["zero"]["share"]["series"] > 0.4
     assert studies.report_explained([row])["series"]["zero"]["trials at 0.9 or more"] in (0, 1)
+
+
+def test_pretraining_ends_with_the_axes_of_its_people(studies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drug_response, "_FEWEST_HALVED", 12)
+    importlib.import_module("trials").pretrain(tmp_path / "model", people=16, atlas="Schaefer100", epochs=1)
+    for folder in (tmp_path / "model", tmp_path / "model" / "random"):
+        (axes,) = load_system(folder).model.kept.values()
+        assert axes.fitted, folder.name
 
 
 def test_planted_regions_are_those_of_the_networks_that_carry_the_score(studies: Any) -> None:

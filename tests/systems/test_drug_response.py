@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from brainfm_cli.bids.cohort import CohortAtlas
@@ -16,7 +17,7 @@ from brainfm_cli.learning import objectives
 from brainfm_cli.learning.checkpoints import AtlasRecord, ModelConfig, write_tensors
 from brainfm_cli.learning.samples import PretrainBatch, Windows, pad_windows
 from brainfm_cli.records import RegionTable
-from brainfm_cli.systems import load_system
+from brainfm_cli.systems import drug_response, load_system
 from brainfm_cli.systems.drug_response import PRESETS, DrugResponse, DrugResponseSettings
 from tests.systems.half_precision import assert_trains_in_half_precision
 
@@ -110,7 +111,7 @@ def test_the_random_twin_keeps_statistics_and_changes_weights(system: DrugRespon
     twin, again = system.randomised(1), system.randomised(1)
     state = twin.model.state_dict()
     assert torch.equal(state["scaler.spread_Nine"], before["scaler.spread_Nine"])
-    matrices = [name for name, value in state.items() if value.ndim == 2]
+    matrices = [name for name, value in state.items() if value.ndim == 2 and not name.startswith("kept.")]  # no axes are learnt here
     assert not any(torch.equal(state[name], before[name]) for name in matrices)
     assert all(torch.equal(value, state[name]) for name, value in again.model.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in system.model.state_dict().items())
@@ -250,6 +251,30 @@ def test_effective_rank_tells_collapse() -> None:
     line = torch.randn(30, 1) @ torch.randn(1, 16)
     assert float(objectives.effective_rank(line)) == pytest.approx(1, abs=0.01)
     assert float(objectives.effective_rank(torch.randn(300, 16))) > 14
+
+
+def test_the_readout_is_cut_to_axes_that_enough_scans_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, series = new(SETTINGS), series_of(items=12)
+    scans = [pad_windows(series, "Nine", [2.0] * 12), pad_windows([one[:30] for one in series[:2]], "Nine", [2.0] * 2)]
+    whole = embed(system, series)
+    system.fit_readout(scans)
+    np.testing.assert_array_equal(embed(system, series), whole)  # twelve scans are too few
+    monkeypatch.setattr(drug_response, "_FEWEST_HALVED", 12)
+    system.fit_readout(scans)  # runs too short to be halved take no part
+    kept = embed(system, series)
+    assert kept.shape == (12, SETTINGS.readout.axes)
+    assert np.isfinite(kept).all()
+    np.testing.assert_allclose(embed(system, series[::-1])[::-1], kept, atol=1e-3)
+    np.testing.assert_allclose(embed(load_system(save(system, tmp_path / "new")), series), kept, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_models_of_before_there_were_axes_are_read(tmp_path: Path) -> None:
+    system = new(SETTINGS.model_copy(update={"readout": drug_response.ReadoutSettings(axes=0)}))
+    folder = save(system, tmp_path / "old")
+    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    del values["system"]["readout"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    np.testing.assert_array_equal(embed(load_system(folder), series_of()), embed(system, series_of()))  # type: ignore[arg-type]
 
 
 def test_half_precision_trains(system: DrugResponse) -> None:

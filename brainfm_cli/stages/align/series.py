@@ -15,14 +15,14 @@ from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.errors import UnsupportedStageError
 from brainfm_cli.learning.checkpoints import model_files, read_model_config, read_provenance, source_of_model, write_tensors
 from brainfm_cli.learning.loop import OptimiserSettings, train
-from brainfm_cli.learning.pretraining import PretrainingSettings, prepare
+from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, whole_training_scans
 from brainfm_cli.learning.samples import select_participants
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.provenance import file_sha256, package_versions
 from brainfm_cli.reports.training import training_page
 from brainfm_cli.systems import load_system
 from brainfm_cli.systems.drug_response import DrugResponse
-from brainfm_cli.systems.drug_response.pairs import PairFactory, PairSettings, backbone_weights
+from brainfm_cli.systems.drug_response.pairs import PairFactory, PairSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +90,11 @@ def write_series_model(
     if not result.is_first_rank:
         result.barrier()
         return None
-    weights = write_tensors(folder / "model.safetensors", backbone_weights(result.weights))
+    prepared.system.module.load_state_dict(result.weights)
+    given = prepared.system.given
+    given.module.eval()
+    given.fit_readout(whole_training_scans(prepared))  # the encoder is another one now
+    weights = write_tensors(folder / "model.safetensors", given.module.state_dict())
     written = [
         weights,
         write_text(folder / "config.yaml", read_model_config(model).to_yaml()),

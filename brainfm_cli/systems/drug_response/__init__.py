@@ -35,7 +35,7 @@ from brainfm_cli.models.series_encoder import (
     masked_spectrum_loss,
     place_regions,
 )
-from brainfm_cli.models.series_readout import RegionPrompt, SeriesClassifier, SeriesReadout, sum_by_region
+from brainfm_cli.models.series_readout import RegionPrompt, ReliableAxes, SeriesClassifier, SeriesReadout, sum_by_region
 from brainfm_cli.models.series_scaling import Gain, SeriesScaler, population_spread, resample, robust_spread
 
 PRESETS: dict[str, SeriesShape] = {
@@ -46,6 +46,7 @@ PRESETS: dict[str, SeriesShape] = {
 _SIZES = ("width", "num_heads", "feedforward", "num_layers", "decoder_layers")
 _FACTOR_OF_UNITS = 8.0  # gains of scanners differ by less; percent signal change and raw intensity by more
 _ENCODED_AT_ONCE = 16
+_FEWEST_HALVED, _MOST_HALVED = 100, 4000  # scans whose halves are compared, in each atlas
 _HIDE, _KIND = range(2)  # streams of the hashed random numbers
 _SOURCE = "Fan et al., FMM_TC (MICCAI 2025)"
 _CREDITS = Credits(
@@ -53,7 +54,8 @@ _CREDITS = Credits(
         "Region series were resampled to one repetition time (band-limited), cut into random windows of fixed duration, and scaled by the "
         "interquartile range of each region over the training people. A transformer over patches of region and time, which knows each region "
         "by the coordinates of its centre, was trained to reconstruct hidden patches and their log spectra (mean squared error) from the visible ones; hidden were "
-        "single patches or whole regions."
+        "single patches or whole regions. Its readout of a scan was cut to the axes along which both halves of the training people's scans agree, where "
+        "there were enough scans to learn them."
     ),
     citation="Fan et al., foundation-model-boosted multimodal learning for drug response, MICCAI 2025, LNCS 15974",
     follows=f"{_SOURCE}\nand BrainLM (Caro et al., ICLR 2024), whose masked autoencoder of region series they follow.",
@@ -112,6 +114,13 @@ class ScalingSettings(Frozen):
     """Largest absolute value of a scaled series, in spreads: spikes of motion must not rule the loss."""
 
 
+class ReadoutSettings(Frozen):
+    """What is kept of what the frozen encoder says of a scan."""
+
+    axes: int = Field(default=32, ge=0)
+    """Axes along which people differ reliably, found by comparing both halves of each pretraining scan; 0 keeps the whole readout."""
+
+
 class DrugResponseSettings(Frozen):
     """The drug-response system."""
 
@@ -137,6 +146,8 @@ class DrugResponseSettings(Frozen):
     """What is hidden in pretraining."""
     scaling: ScalingSettings = ScalingSettings()
     """How series are scaled."""
+    readout: ReadoutSettings = ReadoutSettings()
+    """What is kept of the encoder's readout."""
 
     @property
     def shape(self) -> SeriesShape:
@@ -174,18 +185,19 @@ class DrugResponseSettings(Frozen):
 
     def build(self, atlases: Mapping[str, AtlasRecord]) -> DrugResponse:
         """A new model for these atlases, with weights from torch's global generator."""
-        return DrugResponse(
-            settings=self, atlases=dict(atlases), model=_Module(self.shape, {k: len(v.regions) for k, v in atlases.items()})
-        )
+        sizes = {label: len(record.regions) for label, record in atlases.items()}
+        features = {label: self.shape.width * (2 + _groups(record).shape[1]) for label, record in atlases.items()}
+        return DrugResponse(settings=self, atlases=dict(atlases), model=_Module(self.shape, sizes, features, self.readout.axes))
 
 
 class _Module(nn.Module):
-    """What is trained, and the scale of its input."""
+    """What is trained, the scale of its input, and which part of its readout is kept."""
 
-    def __init__(self, shape: SeriesShape, sizes: Mapping[str, int]) -> None:
+    def __init__(self, shape: SeriesShape, sizes: Mapping[str, int], features: Mapping[str, int], axes: int) -> None:
         super().__init__()
         self.series = SeriesModel(shape)
         self.scaler = SeriesScaler(sizes)
+        self.kept = nn.ModuleDict({label: ReliableAxes(length, axes) for label, length in features.items()} if axes else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +215,10 @@ class DrugResponse:
     def load(cls, model_dir: Path) -> DrugResponse:
         """The pretrained model of a ``models/<id>`` folder, in evaluation mode."""
         config = read_model_config(model_dir)
-        system = DrugResponseSettings.from_values(config.system, where=model_dir / "config.yaml").build(config.atlases)
+        # models of before there were axes have none
+        system = DrugResponseSettings.from_values({"readout": {"axes": 0}, **config.system}, where=model_dir / "config.yaml").build(
+            config.atlases
+        )
         load_weights(system.model, model_dir / "model.safetensors")
         system.model.eval()
         return system
@@ -256,6 +271,28 @@ class DrugResponse:
                 "tensors": [f"scaler.spread_{label}"],
             }
         return summary
+
+    @torch.no_grad()
+    def fit_readout(self, windows: Iterable[Windows]) -> None:
+        """Learn which part of the readout is reliable from whole scans of the training people; too few scans leave all of it."""
+        halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        device, shortest = next(self.model.parameters()).device, self.settings.windows.patch_frames
+        for batch in windows if self.settings.readout.axes else ():
+            found = halves.setdefault(batch.atlas, [])
+            if len(found) * _ENCODED_AT_ONCE >= _MOST_HALVED:
+                continue
+            scaled = [one for one in self._scaled(batch.to(device)) if len(one) >= 2 * shortest]
+            prompt = self.new_prompt(batch.atlas)
+            if scaled:
+                parts = [[one[: len(one) // 2] for one in scaled], [one[len(one) // 2 :] for one in scaled]]
+                first, second = (prompt(self._encode(batch.atlas, part)).float().cpu() for part in parts)
+                found.append((first, second))
+        for label, found in halves.items():
+            first, second = (torch.cat([pair[side] for pair in found] or [torch.empty(0, 1)]) for side in (0, 1))
+            if len(first) >= _FEWEST_HALVED:
+                axes = self.model.kept[label]
+                assert isinstance(axes, ReliableAxes)  # noqa: S101  (for the type checker)
+                axes.fit(first, second)
 
     def check_atlas(self, atlas: CohortAtlas) -> None:
         """Refuse an atlas that the model was not made for."""
@@ -328,15 +365,16 @@ class DrugResponse:
 
     def new_prompt(self, atlas: str) -> RegionPrompt:
         """Weights of regions for one target in one atlas, all equal."""
-        return RegionPrompt(len(self.atlases[atlas].regions), self._groups(atlas)).to(next(self.model.parameters()).device)
+        return RegionPrompt(len(self.atlases[atlas].regions), _groups(self.atlases[atlas])).to(next(self.model.parameters()).device)
 
     def read(self, graphs: SeriesReadout, prompt: RegionPrompt) -> Tensor:
-        """(runs, width · (2 + groups)) readout; gradients reach the prompt."""
-        return prompt(graphs)
+        """(runs, axes) readout, or all (runs, width · (2 + groups)) of it where no axes were learnt; gradients reach the prompt."""
+        whole: Tensor = prompt(graphs)
+        return self.model.kept[graphs.atlas](whole) if graphs.atlas in self.model.kept else whole
 
     @torch.no_grad()
     def embed(self, series: Sequence[np.ndarray], atlas: str, *, repetition_time_s: float, batch_size: int = 32) -> np.ndarray:
-        """(scans, width · (2 + groups)) float32 untuned readouts of whole (frames, regions) series, in order."""
+        """(scans, as :meth:`read`) float32 untuned readouts of whole (frames, regions) series, in order."""
         prompt, parts = self.new_prompt(atlas), []
         device = next(self.model.parameters()).device
         was_training = self.model.training
@@ -352,7 +390,7 @@ class DrugResponse:
     def connectivity_blocks(self, windows: Windows) -> dict[str, Tensor]:
         """What the head reads beside the embedding, (batch, features) each: connectivity of regions and of their groups."""
         correlation, present = correlate(windows.series, windows.frames)
-        return connectivity_blocks(correlation, present, self._groups(windows.atlas))
+        return connectivity_blocks(correlation, present, _groups(self.atlases[windows.atlas]))
 
     def modalities(self, windows: Windows) -> dict[str, Modality]:
         """What the model reads of the one run in ``windows``: scaled series at the encoder's repetition time, and correlations."""
@@ -370,7 +408,7 @@ class DrugResponse:
         seen = torch.where(given[SERIES].present, series, torch.nan)
         blocks = {EMBEDDING: self.read(self._encode(windows.atlas, list(seen)), prompt)}
         whole, present = (correlation + correlation.transpose(1, 2)) / 2, given[CONNECTIVITY].present.expand(len(correlation), -1)
-        return blocks | connectivity_blocks(whole, present, self._groups(windows.atlas))
+        return blocks | connectivity_blocks(whole, present, _groups(self.atlases[windows.atlas]))
 
     @torch.no_grad()
     def scaled_series(self, windows: Windows) -> Tensor:
@@ -384,20 +422,11 @@ class DrugResponse:
         record, windows = self.atlases[atlas], self.settings.windows
         return SeriesClassifier(
             SeriesEncoder(self.settings.shape),
-            RegionPrompt(len(record.regions), self._groups(atlas)),
+            RegionPrompt(len(record.regions), _groups(self.atlases[atlas])),
             place_regions(torch.tensor(record.centroids_mm)),
             outputs,
             repetition_time_s=windows.repetition_time_s,
         )
-
-    def _groups(self, atlas: str) -> Tensor:
-        """(regions, groups) 0/1: networks of the atlas table, else clusters of neighbouring regions."""
-        record = self.atlases[atlas]
-        if any(record.networks):
-            names = sorted({name for name in record.networks if name})
-            return torch.tensor([[name == network for name in names] for network in record.networks], dtype=torch.float32)
-        count = round(len(record.regions) ** 0.5)
-        return torch.from_numpy(np.eye(count, dtype=np.float32)[fcluster(ward(np.array(record.centroids_mm)), count, "maxclust") - 1])
 
     def _resampled(self, windows: Windows) -> list[Tensor]:
         """Each item's own frames at the encoder's repetition time."""
@@ -463,3 +492,12 @@ class DrugResponse:
             return [(0, frames)]
         count = -(-frames // longest)
         return [(round(start), longest) for start in np.linspace(0, frames - longest, count)]
+
+
+def _groups(record: AtlasRecord) -> Tensor:
+    """(regions, groups) 0/1: networks of the atlas table, else clusters of neighbouring regions."""
+    if any(record.networks):
+        names = sorted({name for name in record.networks if name})
+        return torch.tensor([[name == network for name in names] for network in record.networks], dtype=torch.float32)
+    count = round(len(record.regions) ** 0.5)
+    return torch.from_numpy(np.eye(count, dtype=np.float32)[fcluster(ward(np.array(record.centroids_mm)), count, "maxclust") - 1])

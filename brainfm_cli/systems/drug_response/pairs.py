@@ -26,8 +26,6 @@ from brainfm_cli.models.graphs import correlate, fisher_z
 from brainfm_cli.models.series_readout import sum_by_region
 from brainfm_cli.systems.drug_response import DrugResponse
 
-_BACKBONE = "backbone."
-
 
 class PairSettings(Frozen):
     """How series and connectivity are drawn together."""
@@ -162,8 +160,3 @@ def _own_first(first: Tensor, second: Tensor) -> Tensor:
     """Share of scans whose own connectivity is nearest to their series; chance is one over the batch."""
     nearest = (first.detach() @ second.detach().T).argmax(dim=1)
     return (nearest == torch.arange(len(first), device=first.device)).float().mean()
-
-
-def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The series model's part of the trained weights."""
-    return {name.removeprefix(_BACKBONE): value for name, value in weights.items() if name.startswith(_BACKBONE)}
