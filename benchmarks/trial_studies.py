@@ -7,10 +7,13 @@ crossed:   per seed one trial at two sites of other repetition times (2.0 and 2.
            at the other, both ways, beside cross-validation within the site that is tested.
 power:     the interaction test on scores that correlate with the truth by a stated amount, no scan needed: how often it finds a planted
            predictive effect, and how often it raises a false alarm where a score is prognostic only, or tells nothing.
+encoders:  trials drawn from one pool of simulated people, whose scans are read once, each with its own planted effects and outcomes: the
+           pretrained encoder beside a random one, with and without the axes that its readout owes to the pretraining people.
 
     python benchmarks/trial_studies.py explained --model MODEL --trials 8 --patients 200 --effect 2.5 --out explained.jsonl
     python benchmarks/trial_studies.py crossed --model MODEL --trials 16 --patients 400 --out crossed.jsonl
     python benchmarks/trial_studies.py power --trials 200 --out power.jsonl
+    python benchmarks/trial_studies.py encoders --model MODEL --trials 40 --people 200 --effect 2.5 --out encoders.jsonl
     python benchmarks/trial_studies.py report explained.jsonl crossed.jsonl power.jsonl
 """
 
@@ -19,14 +22,16 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from trials import ATTAINABLE, encode, linear_predictor, mean_scores, resumed, simulate
+from trials import ATTAINABLE, BLOCKS, FITTED, RANDOM, encode, linear_predictor, mean_scores, resumed, simulate
 
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.attributions import ExplanationSettings, mean_maps
@@ -34,13 +39,13 @@ from brainfm_cli.learning.explanation import CONNECTIVITY, SERIES, FoldExplainer
 from brainfm_cli.learning.floors import FloorSettings, make_floors
 from brainfm_cli.learning.pooling import pool_all, run_folds
 from brainfm_cli.learning.splits import DesignSettings, fixed_split, make_split
-from brainfm_cli.learning.targets import participant_table, read_target
+from brainfm_cli.learning.targets import Target, participant_table, read_target
 from brainfm_cli.learning.trials import InteractionSettings, interaction
-from brainfm_cli.learning.tuned import TunedPredictor
+from brainfm_cli.learning.tuned import TunedPredictor, prepare_inputs
 from brainfm_cli.learning.tuning import TuningSettings
 from brainfm_cli.simulation.population import PopulationSettings
 from brainfm_cli.simulation.sources import Scan
-from brainfm_cli.simulation.trial import DRUG, TrialSettings, build_trial, draw_patient
+from brainfm_cli.simulation.trial import DRUG, Trial, TrialSettings, build_trial, draw_patient, expected_analgesia
 from brainfm_cli.simulation.truth import attainable_features
 from brainfm_cli.systems import load_system
 
@@ -51,7 +56,6 @@ if TYPE_CHECKING:
 
     from brainfm_cli.learning.attributions import Attribution
     from brainfm_cli.learning.splits import Split
-    from brainfm_cli.learning.targets import Target
 
 PLANTED_IN = {SERIES: 1.0, CONNECTIVITY: 0.0}
 """Share of the planted score that lies in dynamics, by the modality that shows it."""
@@ -186,6 +190,77 @@ def power(seed: int, *, bootstraps: int) -> dict[str, Any]:
     return row
 
 
+def encoders(
+    seed: int, *, pool: Target, traits: NDArray[np.float64], predictors: Mapping[str, Any], patients: int, effect: float
+) -> dict[str, Any]:
+    """Scores of one trial of ``patients`` drawn from the pool, whose (people, 35) traits carry newly drawn effects."""
+    rng = np.random.default_rng([seed, 91])
+    settings = TrialSettings()
+    rows = np.sort(rng.permutation(len(pool.participants))[:patients])
+    drug = rng.permutation(np.arange(patients) % 2).astype(bool)
+    trial = _plain_trial(seed, settings, effect)
+    expected = np.where(drug, *(expected_analgesia(trial, traits[rows], drug=one) for one in (True, False)))
+    analgesia = expected + settings.noise_sd * rng.normal(size=patients)
+    people = tuple(pool.participants[row] for row in rows)
+    table = pd.DataFrame({"arm": np.where(drug, DRUG, "placebo"), "dataset": "pool"}, index=pd.Index(people, name="participant_id"))
+    row: dict[str, Any] = {"study": "encoders", "seed": seed, "patients": patients, "effect": effect, "scores": {}}
+    for name, kind, observed in (
+        ("response", "binary", (analgesia >= settings.threshold).astype(float)),
+        ("analgesia", "continuous", analgesia),
+    ):
+        classes = ("non-responder", "responder") if kind == "binary" else ()
+        target = replace(pool, name=name, kind=kind, participants=people, observed=observed, classes=classes)
+        split = make_split(target, table, DesignSettings(folds=5, repeats=1, strata=("arm",), seed=seed))
+        row["scores"][name] = _scored(target, split, predictors, seed)
+    return row
+
+
+def _plain_trial(seed: int, settings: TrialSettings, effect: float) -> Trial:
+    scan = Scan(frames=200, repetition_time_s=2.0, non_steady_frames=1)
+    return build_trial(
+        settings, PopulationSettings(), seed=seed, effect=effect, atlases=("Schaefer100",), datasets={}, scan=scan, resolution_mm=8.0
+    )
+
+
+def read_pool(folder: Path, model: Path, people: int, atlas: str) -> tuple[Target, NDArray[np.float64], dict[str, Any]]:
+    """Simulated people as a target without values, their traits, and a predictor per encoder and set of blocks."""
+    cohort = simulate(folder, seed=300_000, patients=people, drug_free=0, atlas=atlas)
+    names = list(participant_table(cohort).index)
+    trial = _plain_trial(300_000, TrialSettings(), 1.0)
+    traits = np.stack([draw_patient(trial, int(name.removeprefix("patient"))).traits for name in names])
+    predictors: dict[str, Any] = {}
+    system, fitted = load_system(model), load_system(model / "random")
+    for suffix, one in (("", system), (RANDOM, system.randomised(0)), (FITTED, fitted)):
+        made = (one, prepare_inputs(one, cohort, names, sorted(cohort.atlases)))
+        for kind, blocks in BLOCKS.items():
+            if not suffix or kind != "connectivity only":
+                tuning = TuningSettings(epochs=0, blocks=blocks)
+                predictors[kind + suffix] = TunedPredictor(prepared=lambda _fold, made=made: made, settings=tuning)
+    truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    measured = attainable_features(cohort, truth).set_index("participant_id").loc[names, truth["tilts"]].to_numpy(float)
+    predictors["linear, all seven measured tilts"] = linear_predictor(tuple(names), measured)
+    pool = Target(name="pool", kind="continuous", participants=tuple(names), observed=np.zeros(len(names)))
+    return pool, traits, predictors
+
+
+def report_encoders(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over trials, and paired differences to the pretrained encoder; trials share people, which the intervals do not know."""
+    found: dict[str, Any] = {"trials": len(rows), "patients": rows[0]["patients"], "effect": rows[0]["effect"]}
+    for name, metric in (("response", "auroc"), ("analgesia", "pearson_r")):
+        table = {
+            key: [row["scores"][name][key][metric] or (0.5 if metric == "auroc" else 0.0) for row in rows]
+            for key in rows[0]["scores"][name]
+        }
+        found[f"{name}, {metric}"] = {key: mean_interval(values) for key, values in table.items()}
+        for kind in ("both", "series only"):
+            for suffix in (RANDOM, FITTED):
+                difference = np.subtract(table[kind], table[kind + suffix]).tolist()
+                found[f"{name}, {metric}, {kind} less {kind}{suffix}"] = mean_interval(difference)
+        for other in ("series only", "connectivity only"):
+            found[f"{name}, {metric}, both less {other}"] = mean_interval(np.subtract(table["both"], table[other]).tolist())
+    return found
+
+
 def _interaction_p(
     outcome: NDArray[Any], score: NDArray[Any], arm: NDArray[Any], *, binary: bool, bootstraps: int, seed: int
 ) -> float | None:
@@ -261,7 +336,7 @@ def report_power(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-REPORTS = {"explained": report_explained, "crossed": report_crossed, "power": report_power}
+REPORTS = {"explained": report_explained, "crossed": report_crossed, "power": report_power, "encoders": report_encoders}
 
 
 def main() -> None:
@@ -274,7 +349,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1, help="seed of the first trial, so that several processes share a study")
     parser.add_argument("--patients", type=int, default=200)
     parser.add_argument("--effect", type=float, default=1.0)
-    parser.add_argument("--people", type=int, default=2, help="test people explained in each fold")
+    parser.add_argument("--people", type=int, default=2, help="test people explained in each fold, or people of the pool")
     parser.add_argument("--repeats", type=int, default=2, help="repetitions of five folds within a site")
     parser.add_argument("--bootstraps", type=int, default=199, help="of the interaction test")
     parser.add_argument("--atlas", default="Schaefer100")
@@ -288,11 +363,15 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out is needed")
-    names = {"explained": ("model", "patients", "effect", "atlas"), "crossed": ("model", "patients", "effect", "repeats", "atlas"), "power": ("bootstraps",)}  # fmt: skip
-    work = {"explained": explained, "crossed": crossed, "power": power}[arguments.study]
+    names = {"explained": ("model", "patients", "effect", "atlas"), "crossed": ("model", "patients", "effect", "repeats", "atlas"), "power": ("bootstraps",), "encoders": ("patients", "effect")}  # fmt: skip
+    work = {"explained": explained, "crossed": crossed, "power": power, "encoders": encoders}[arguments.study]
     options = {name: getattr(arguments, name) for name in names[arguments.study]}
     if arguments.study == "explained":
         options["explanation"] = ExplanationSettings(people=arguments.people)
+    if arguments.study == "encoders":
+        with tempfile.TemporaryDirectory() as scratch:
+            made = read_pool(Path(scratch), arguments.model, arguments.people, arguments.atlas)
+        options |= dict(zip(("pool", "traits", "predictors"), made, strict=True))
     rows = resumed(arguments.out, range(arguments.first, arguments.first + arguments.trials), lambda seed: work(seed, **options))
     print(json.dumps(REPORTS[arguments.study](rows), indent=1))
 
