@@ -93,7 +93,8 @@ class SpeakFitSettings(Frozen):
     contrast_epochs: float = Field(default=30.0, ge=0)
     """First epochs that train on the contrast alone: a hundred times cheaper than those through the language model."""
     language_items: int | None = Field(default=8, ge=1)
-    """Studies of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
+    """Studies of each training batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU
+    small ones."""
     longest: int = Field(default=320, ge=32)
     """Tokens of a conversation; what is longer is cut."""
     facts: bool = True
@@ -221,7 +222,7 @@ class StudyTeller:
             found = batch.groups[(studies.detach() @ targets.T).argmax(dim=1)] == batch.groups
             terms["monitor_told_apart"] = found.float().mean()
         if not self._contrast_alone:
-            most = self.fit.language_items
+            most = None if validating else self.fit.language_items  # a choice among epochs wants everybody
             said = self.language.dialogues(batch.turns[:most], room=self.speaker.num_vectors, longest=self.fit.longest).to(prefix.device)
             terms["language"] = self.language.dialogue_loss(prefix[:most], said).mean()
             if validating:
