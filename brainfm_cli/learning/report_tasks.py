@@ -108,7 +108,7 @@ def _word(question: str, finding: Finding | None) -> str:
 
 def restated(report: StudyReport) -> StudyReport:
     """What the parser finds in a report, in English; findings beyond the lexicon are lost."""
-    there = affirmed(parse_report(report.text))
+    there = affirmed(parse_report(report.findings)) or affirmed(parse_report(report.impression))
     if not there:
         return StudyReport(findings="No lesion is seen.", impression="No lesion.", language="en")
     statements = [statement_of(one) for one in there]

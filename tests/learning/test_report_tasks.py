@@ -67,6 +67,7 @@ def test_restated_reports_say_the_same_in_english(report: StudyReport) -> None:
     assert after is not None
     names = ("disease", "side", "places", "longest_mm", "volume_ml", "signals")
     assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
+    assert said.findings.count(before.disease.capitalize()) == 1  # the impression says it once more
     assert restated(NOTHING).text == "No lesion is seen.\nNo lesion."
 
 
