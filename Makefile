@@ -32,6 +32,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports --config importlinter.ini
 	$(BIN)/codespell brainfm_cli docs tests README.md
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/licences.py --check
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
