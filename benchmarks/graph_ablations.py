@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 FUNCTIONAL = ("Schaefer100", "Schaefer200", "Schaefer400", "Power264", "Dosenbach160", "Seitzman300")
 ANATOMICAL = ("AAL116", "AAL3v1")
-DISORDERS = ("Arvel", "Brennic", "Hallow")
+DISORDERS = ("Arvel", "Brennic", "Caldor", "Hallow")
 TESTED = "Hallow"
 """The disorder that meta-learning and alignment are not shown."""
 BASE = "all atlases"
