@@ -13,6 +13,7 @@ container=$(buildah from scratch)
 buildah add --quiet "$container" "$work/root" /
 buildah commit --quiet "$container" localhost/brainfm-base
 buildah rm "$container" >/dev/null
+base=localhost/brainfm-base@$(buildah inspect --type image --format '{{.FromImageDigest}}' localhost/brainfm-base)
 # Further arguments go to buildah, e.g. --volume for a local package index.
-buildah build --isolation chroot --build-arg BASE=localhost/brainfm-base "${@:2}" --file containers/Dockerfile --tag "$tag" .
+buildah build --isolation chroot --build-arg "BASE=$base" "${@:2}" --file containers/Dockerfile --tag "$tag" .
 buildah images "$tag"

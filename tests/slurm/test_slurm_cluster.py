@@ -136,7 +136,7 @@ def test_a_scheduler_that_is_gone_leaves_the_logs(cluster: dict[str, str], tmp_p
     out = tmp_path / "out"
     brainfm(
         cluster, "submit", "parcellate", made.root, out, "participant", "--atlases", synthetic.ATLAS, "--datasets", f"tests={made.atlases}",
-        "--slurm", "time=2", "mem=1000M",
+        "--slurm", "time=10", "mem=1000M",
     )  # fmt: skip
     wait_for_end(cluster, out, limit_s=1200)
     alone = {**cluster, "PATH": str(Path(sys.executable).parent)}
