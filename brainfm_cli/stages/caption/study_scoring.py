@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _EVERYBODY = "everybody"
 _MODEL, _NO_IMAGE, _FACTS = "mri-language", "the model without images", "measured facts, commonest disease"
-_CONSTANT, _SHUFFLED, _RIDGE, _NEAREST = "commonest training report", "reports of others", "ridge to nearest training report", "nearest training report by the model's vector"  # fmt: skip
+_CONSTANT, _SHUFFLED, _RIDGE, _NEAREST = "most central training report", "reports of others", "ridge to nearest training report", "nearest training report by the model's vector"  # fmt: skip
 _BATCH = 16
 
 
@@ -50,6 +50,7 @@ class _Scored:
     said: dict[str, dict[str, Any]]
     true: dict[str, StudyReport]
     training: dict[str, StudyReport]
+    written_in: dict[str, str]
     settings: StudyCaptionSettings
 
     @property
@@ -129,6 +130,7 @@ def _read(
 ) -> tuple[_Scored, tuple[str, ...]]:
     loaded = load(model, device, settings.llm)
     everything = read_reports(path, list_participants(raw))
+    written_in = {label: report.language or language_of(report.text) for label, report in everything.items()}
     if loaded.record.restated:
         everything = {label: restated(report) for label, report in everything.items()}
     said = {label: read_report(root, label) for label in people}
@@ -146,7 +148,7 @@ def _read(
     if loaded.record.restated:
         notes.append("reports are English restatements of what the parser finds, as the model was taught")
     true = {label: everything[label] for label in kept}
-    return _Scored(loaded=loaded, said=kept, true=true, training=training, settings=settings), tuple(notes)
+    return _Scored(loaded=loaded, said=kept, true=true, training=training, written_in=written_in, settings=settings), tuple(notes)
 
 
 def _predictor(name: str, role: Any, texts: Mapping[str, str]) -> Predictor:  # noqa: ANN401  (model or floor)
@@ -212,8 +214,7 @@ def _languages(found: _Scored, predictors: Sequence[Predictor], references: Mapp
     """Scores of the model by the language that a report was written in, where there are several."""
     groups: dict[str, list[str]] = {}
     for label in found.people:
-        report = found.true[label]
-        groups.setdefault(report.language or language_of(report.text), []).append(label)
+        groups.setdefault(found.written_in[label], []).append(label)
     if len(groups) < 2:
         return {}
     rows = {}
