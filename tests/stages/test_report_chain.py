@@ -103,7 +103,7 @@ def test_reports_are_written_checked_and_scored_beside_floors(made: SyntheticSca
         "reports of others",
         "the model without images",
         "measured facts, commonest disease",
-        "commonest training report",
+        "most central training report",
     } <= names
     by_name = {row["name"]: row["scores"] for row in metrics["rows"] if row["participant"] == "mean"}
     assert by_name["measured facts, commonest disease"]["contradicts the mask"]["value"] == 0
