@@ -151,7 +151,7 @@ def read_provenance(model_dir: Path, *needed: str) -> dict[str, Any]:
         values = read_json(path)
         _ = [values[name] for name in needed]
         hashes = [name for name, known in values.items() if name.endswith("_on") and not _are_hashes(known)]
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointMismatchError("the model does not say whom it has seen", where=path, fix=_WHOLE) from error
     if hashes:
         raise CheckpointMismatchError(f"the model does not say whom it has seen: '{hashes[0]}' lists no hashes", where=path, fix=_WHOLE)
