@@ -111,11 +111,14 @@ def test_low_rank_weights_are_trained_and_the_language_model_s_own_are_not(tmp_p
 
 @pytest.mark.long
 def test_a_conversation_remembers_its_first_turn_in_the_fifth(tmp_path) -> None:
-    """One study, so that the same vectors stand in front: who asked, said in the first turn alone, decides the fifth answer."""
+    """One study, so that the same vectors stand in front: who asked, said in the first turn alone, decides the fifth answer; without low-rank weights 60 epochs do not teach that."""
     between = (("Which disease is it?", "Glioma."), ("On which side is it?", "Left."), ("How large is it?", "31 mm."))
     answers = {"I am a doctor.": "Left frontal glioma, 31 mm.", "I am the patient.": "There is a tumour in your brain."}
     said = {first: ((first, "Hello."), *between, ("What did you find?", answer)) for first, answer in answers.items()}
-    language, fit = load_language(DEFAULT_LANGUAGE_MODEL), SpeakFitSettings(contrast=False, language_items=None, speaker={"dropout": 0.0})
+    language, fit = (
+        load_language(DEFAULT_LANGUAGE_MODEL),
+        SpeakFitSettings(contrast=False, language_items=None, lora=8, speaker={"dropout": 0.0}),
+    )
     source, _ = eight_pairs(fit, features=8)
     slices, target = source.slices["00"], source.targets["00"]
     both = ToldStudies(
@@ -128,7 +131,7 @@ def test_a_conversation_remembers_its_first_turn_in_the_fifth(tmp_path) -> None:
         MriLanguageSettings(kind="mri-language", preset="nano").build(), fit, language, features=8, contrast_width=len(target), seed=0
     )
     teller = StudyTeller(fit=fit, speaker=speaker, language=language)
-    plan = ScheduleSettings(epochs=60, patience=None, optimiser=OptimiserSettings(learning_rate=3e-3, warmup_epochs=2)).plan(0)
+    plan = ScheduleSettings(epochs=40, patience=None, optimiser=OptimiserSettings(learning_rate=3e-3, warmup_epochs=2)).plan(0)
     speaker.load_state_dict(train(teller, both, plan, Execution(device="cpu"), tmp_path).weights)
     prefix, _ = teller.read(slices, source.contexts["00"])
     for turns in said.values():
