@@ -54,3 +54,22 @@ class AlignmentRecord(Frozen):
     """Hash of the text encoder's weights: no other may be used with the model."""
     people: int
     """People it was aligned with."""
+
+
+class FrozenTextRecord(Frozen):
+    """What a model that was aligned through a frozen language model remembers of it and of the sentence encoder."""
+
+    kind: str
+    """What the model was aligned with."""
+    language_model: str
+    """Name or path of the frozen language model."""
+    language_sha256: str
+    """Hash of its weights."""
+    language_width: int
+    """Length of its token vectors."""
+    text_encoder: str
+    """Name or path of the sentence encoder."""
+    text_encoder_sha256: str
+    """Hash of its weights."""
+    contrast_width: int
+    """Length of the contrasted vectors."""

@@ -109,14 +109,22 @@ def _hash(seed: int, what: str, text: str) -> str:
 
 
 def classification_scores(
-    observed: NDArray[np.int64], predicted: Mapping[str, NDArray[np.float64]], *, classes: int, seed: int, ordered: bool = False
+    observed: NDArray[np.int64],
+    predicted: Mapping[str, NDArray[np.float64]],
+    *,
+    classes: int,
+    seed: int,
+    ordered: bool = False,
+    only: str | None = None,
 ) -> pd.DataFrame:
-    """Every score of every predictor's (people, classes) probabilities, with 95 % intervals over people."""
+    """Every score of every predictor's (people, classes) probabilities, or the ``only`` one, with 95 % intervals over people."""
     kind = "binary" if classes == 2 else "multiclass"
     weights = resample_weights([str(place) for place in range(len(observed))], RESAMPLES, np.random.default_rng(seed))
     rows = []
     for name, chances in predicted.items():
         for metric, found in score(kind, observed.astype(float), chances, ordered=ordered).items():
+            if only not in (None, metric):
+                continue
             weighted = statistic(metric, kind, observed.astype(float), chances) if found.value is not None else None
             made = None if weighted is None else interval(weighted, weights, method="percentile", level=0.95)
             rows.append(

@@ -9,7 +9,26 @@ from torch.nn import functional
 _CLINICAL_WIDTH = 16
 
 
-class GatedAttentionHead(nn.Module):
+class StandardisedSlices(nn.Module):
+    """What reads features of slices, each in units of its spread over training slices."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+
+    @torch.no_grad()
+    def set_scale(self, mean: Tensor, spread: Tensor) -> None:
+        """Take over the training slices' (features,) statistics; a feature that never changes is left out."""
+        self.get_buffer("mean").copy_(mean)
+        self.get_buffer("spread").copy_(torch.where(spread > 1e-6, spread, torch.inf))
+
+    def standardised(self, slices: Tensor) -> Tensor:
+        """(…, features) of the same shape."""
+        return (slices - self.get_buffer("mean")) / self.get_buffer("spread")
+
+
+class GatedAttentionHead(StandardisedSlices):
     """Standardised slice features, weighed by gated attention, then a small perceptron; clinical variables are fused with the study late.
 
     Clinical variables reach the answer directly and through a hidden layer beside the study's, so that an image adds to what a linear
@@ -20,11 +39,9 @@ class GatedAttentionHead(nn.Module):
         self, features: int, outputs: int, *, width: int, dropout: float, clinical: int = 0, link: nn.Module | None = None
     ) -> None:
         """``link`` turns scores into probabilities where that needs parameters; it is kept and trained with the head."""
-        super().__init__()
+        super().__init__(features)
         self.link = link
         self.dropout = dropout
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("spread", torch.ones(features))
         self.enter = nn.Linear(features, width)
         self.value = nn.Linear(width, width)
         self.gate = nn.Linear(width, width)
@@ -32,12 +49,6 @@ class GatedAttentionHead(nn.Module):
         self.leave = nn.Linear(width + (_CLINICAL_WIDTH if clinical else 0), outputs)
         self.clinical = nn.Linear(clinical, _CLINICAL_WIDTH) if clinical else None
         self.direct = nn.Linear(clinical, outputs, bias=False) if clinical else None
-
-    @torch.no_grad()
-    def set_scale(self, mean: Tensor, spread: Tensor) -> None:
-        """Take over the training slices' (features,) statistics; a feature that never changes is left out."""
-        self.get_buffer("mean").copy_(mean)
-        self.get_buffer("spread").copy_(torch.where(spread > 1e-6, spread, torch.inf))
 
     @torch.no_grad()
     def start_from(self, weights: Tensor, bias: Tensor) -> None:
@@ -52,7 +63,7 @@ class GatedAttentionHead(nn.Module):
 
         ``clinical`` is (batch, clinical); none where the head has no such variables.
         """
-        inner = functional.gelu(self.enter((slices - self.get_buffer("mean")) / self.get_buffer("spread")))
+        inner = functional.gelu(self.enter(self.standardised(slices)))
         inner = functional.dropout(inner, self.dropout, training=self.training)
         scores = self.score(torch.tanh(self.value(inner)) * torch.sigmoid(self.gate(inner)))[..., 0]
         weights = scores.masked_fill(~present, -torch.inf).softmax(dim=1)

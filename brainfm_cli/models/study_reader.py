@@ -13,6 +13,7 @@ from brainfm_cli.models.attention import EdgeBias
 from brainfm_cli.models.graph_encoder import TransformerLayer
 from brainfm_cli.models.mri_encoder import PLACE_CODE, Context, place_code
 from brainfm_cli.models.q_former import BrainBridge, QFormerShape
+from brainfm_cli.models.study_head import StandardisedSlices
 
 Bridge = Literal["perceiver", "mlp"]
 
@@ -35,14 +36,12 @@ class StudyShape:
     """Ways that slices run."""
 
 
-class StudyReader(nn.Module):
+class StudyReader(StandardisedSlices):
     """(batch, slices, features) of a frozen encoder to a study token and one token per slice."""
 
     def __init__(self, shape: StudyShape, features: int) -> None:
-        super().__init__()
+        super().__init__(features)
         self.shape = shape
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("spread", torch.ones(features))
         self.enter = nn.Linear(features, shape.width)
         self.sequence, self.plane = nn.Embedding(shape.num_sequences, shape.width), nn.Embedding(shape.num_planes, shape.width)
         self.height = nn.Linear(PLACE_CODE, shape.width, bias=False)
@@ -54,15 +53,9 @@ class StudyReader(nn.Module):
         for embedding in (self.sequence, self.plane):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    @torch.no_grad()
-    def set_scale(self, mean: Tensor, spread: Tensor) -> None:
-        """Take over the training slices' (features,) statistics; a feature that never changes is left out."""
-        self.get_buffer("mean").copy_(mean)
-        self.get_buffer("spread").copy_(torch.where(spread > 1e-6, spread, torch.inf))
-
     def forward(self, slices: Tensor, present: Tensor, context: Context) -> Tensor:
         """(batch, 1 + slices, width) of (batch, slices, features); fields of ``context`` are (batch, slices), absent slices are not attended to."""
-        tokens = self.enter((slices - self.get_buffer("mean")) / self.get_buffer("spread"))
+        tokens = self.enter(self.standardised(slices))
         heights = self.height(place_code(context.z_mm.flatten()).to(tokens.dtype)).unflatten(0, context.z_mm.shape)
         tokens = tokens + self.sequence(context.sequence) + self.plane(context.plane) + heights
         tokens = torch.cat([self.study.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)

@@ -62,7 +62,7 @@ from brainfm_cli.systems.mri_language.speaking import (
 from brainfm_cli.systems.mri_language.tuning import encoder_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from brainfm_cli.bids.reports import Conversation
     from brainfm_cli.config import Execution, Invocation
@@ -171,12 +171,13 @@ def write_model(
     before = encoder_hash(system.model.encoder)
     language, sentences = load_language(settings.llm), load_sentences(settings.text_encoder)
     language_before = language.fingerprint()
-    told, notes = _told(cohort, raw, reports, people, settings)
+    everybody = list_participants(raw)
+    told, notes = _told(cohort, everybody, reports, people, settings)
     if settings.written_in == "as is":
         check_languages(_by_language(told), sentences if settings.fit.contrast_with == "sentences" else None, language)
     split = _split(told, cohort, model, settings)
     facts = _facts(tuple(told), raw, selection, settings, mask_roots) if settings.fit.facts else {}
-    instructions = _instructions(settings, raw, told)
+    instructions = _instructions(settings, everybody, told)
     targets = report_vectors(told, sentences, settings.fit)
     features = cell_features(system.model.encoder, cohort, tuple(told))
     source = tell_studies(
@@ -239,10 +240,10 @@ def write_model(
 
 
 def _told(
-    cohort: SliceCohort, raw: Path, path: Path, people: tuple[str, ...], settings: AlignReportSettings
+    cohort: SliceCohort, known: Collection[str], path: Path, people: tuple[str, ...], settings: AlignReportSettings
 ) -> tuple[dict[str, StudyReport], tuple[str, ...]]:
     """Reports of people with slices, and what to say of the others."""
-    everything = read_reports(path, list_participants(raw))
+    everything = read_reports(path, known)
     chosen = [label for label in cohort.labels_of_people if not people or label in people]
     told = {label: everything[label] for label in chosen if label in everything}
     if len(told) < _LEAST_PEOPLE:
@@ -296,12 +297,12 @@ def _facts(
     return {label: facts for label, facts in found.items() if facts is not None}
 
 
-def _instructions(settings: AlignReportSettings, raw: Path, told: Mapping[str, StudyReport]) -> tuple[Conversation, ...]:
+def _instructions(settings: AlignReportSettings, known: Collection[str], told: Mapping[str, StudyReport]) -> tuple[Conversation, ...]:
     if settings.instructions is None:
         return ()
     if not settings.instructions.is_file():
         raise InputNotFoundError("there is no file of instructions", where=settings.instructions, fix="give a JSON lines file")
-    return tuple(one for one in read_conversations(settings.instructions, list_participants(raw)) if one.participant in told)
+    return tuple(one for one in read_conversations(settings.instructions, known) if one.participant in told)
 
 
 def _scores(

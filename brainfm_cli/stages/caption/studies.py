@@ -77,6 +77,15 @@ class _Study:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Beside:
+    """What lies beside the model's weights."""
+
+    ridge: RidgeStudies
+    taught: torch.Tensor
+    seen: dict[str, set[str]]
+
+
 def caption_studies(call: Invocation, model: Path, settings: StudyCaptionSettings) -> int:
     """Write reports or score them; gives back the exit code."""
     record = read_speaker_record(model)
@@ -116,6 +125,13 @@ def load(model: Path, device: str, language_model: str | None) -> LoadedTeller:
     return load_teller(model, language_model=language_model, device=choose_device(device))
 
 
+@lru_cache(maxsize=1)
+def _beside(model: Path) -> _Beside:
+    """Read once per process: whom it has seen may be tens of thousands of hashes."""
+    tensors = read_tensors(model / RIDGE_FILE)
+    return _Beside(ridge=RidgeStudies.of_tensors(tensors), taught=tensors["questions"], seen=read_seen(model))
+
+
 def write_study_report(
     raw: Path, model: Path, root: Path, label: str, selection: Selection, settings: StudyCaptionSettings, device: str, mask_roots: tuple[Path, ...]
 ) -> UnitResult:  # fmt: skip
@@ -132,7 +148,7 @@ def write_study_report(
         "model": model.name,
         "language_model": loaded.record.language_model,
         "sequences": study.sequences,
-        "seen_in": [name for name, hashes in read_seen(model).items() if key in hashes],
+        "seen_in": [name for name, hashes in _beside(model).seen.items() if key in hashes],
         "question": question,
         "report": {
             "findings": findings,
@@ -195,7 +211,7 @@ def _read(loaded: LoadedTeller, model: Path, raw: Path, label: str, selection: S
         context = context_of_rows(cohort, features.rows[label])
         sequences = sorted(map(str, cohort.slices["sequence"].unique()))
     prefix, vector = loaded.teller.read(features.slices[label], context)
-    ridge = RidgeStudies.of_tensors(read_tensors(model / RIDGE_FILE)).predict(features.slices[label])
+    ridge = _beside(model).ridge.predict(features.slices[label])
     facts = study_facts(raw, label, selection, slices, mask_roots) if record.fit.facts else None
     return _Study(prefix=prefix, vector=vector[0].cpu(), ridge=ridge, facts=facts, sequences=sequences, notes=packed.notes)
 
@@ -234,8 +250,7 @@ def _chat(loaded: LoadedTeller, model: Path, study: _Study, settings: StudyCapti
 
 def _about_the_study(loaded: LoadedTeller, model: Path, question: str) -> bool:
     """Whether a question names something of the lexicon, or resembles one that was taught."""
-    taught = read_tensors(model / RIDGE_FILE)["questions"]
-    return bool(parse_report(question)) or float((taught @ loaded.sentences.sentences([question])[0]).max()) >= _NEAREST
+    return bool(parse_report(question)) or float((_beside(model).taught @ loaded.sentences.sentences([question])[0]).max()) >= _NEAREST
 
 
 _CITATION = f"""# How this was made

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError
+from brainfm_cli.learning.alignment import FrozenTextRecord
 from brainfm_cli.learning.checkpoints import ViewerRecord, load_weights, read_model_config
 from brainfm_cli.learning.voxel_samples import TrialBatch
 from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
@@ -99,23 +100,11 @@ class CaptionFitSettings(Frozen):
     """Validation pictures of each participant that choose the epoch, one trial each."""
 
 
-class CaptionRecord(Frozen):
+class CaptionRecord(FrozenTextRecord):
     """What config.yaml says of an aligned model (``alignment``)."""
 
     kind: Literal["captions"] = "captions"
     """What the model was aligned with."""
-    language_model: str
-    """Name or path of the frozen language model."""
-    language_sha256: str
-    """Hash of its weights."""
-    language_width: int
-    """Length of its token vectors."""
-    text_encoder: str
-    """Name or path of the sentence encoder."""
-    text_encoder_sha256: str
-    """Hash of its weights."""
-    contrast_width: int
-    """Length of the contrasted vectors."""
     contrast_with: Literal["sentences", "images", "nothing"]
     """What brains were contrasted with."""
     split_sha256: str

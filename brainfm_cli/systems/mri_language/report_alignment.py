@@ -18,7 +18,6 @@ from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.learning.radiology_reports import Finding, affirmed, parse_report
 from brainfm_cli.learning.report_tasks import CLOSED, conversations_of, facts_sentence, main_finding, statement_of
 from brainfm_cli.learning.scan_tuning import RESAMPLES, classification_scores
-from brainfm_cli.learning.scores import METRICS
 from brainfm_cli.learning.text_scores import retrieval
 from brainfm_cli.learning.uncertainty import resample_weights
 from brainfm_cli.models.language import TextEncoder
@@ -31,7 +30,6 @@ RIDGE_FILE = "floors.safetensors"
 SIDES = ("left", "right", "both")
 _SIDE = 0.5  # length of the part of a vector that tells the side, which sentence encoders do not (cosine 0.98); the sentence's is 1
 _PENALTIES = tuple(10.0**power for power in range(-2, 6))
-_AUROC = METRICS["auroc"].label
 MODEL, RIDGE = "model", "ridge on mean features"
 
 
@@ -239,8 +237,7 @@ def _named(
         cosine = functional.normalize(torch.stack([vectors[label] for label in test]), dim=1) @ prompt
         share = ((1 + cosine.double()) / 2).numpy()
         chances[method] = np.c_[1 - share, share]
-    found = classification_scores(observed, chances, classes=2, seed=seed)
-    found = found[found["score"] == _AUROC].copy()
+    found = classification_scores(observed, chances, classes=2, seed=seed, only="auroc")
     seen = "" if learnt else ", in no training report (zero-shot)"
     found["score"] = f"{disease} by its name{seen}: AUROC ({int(observed.sum())} of {len(test)})"
     return found

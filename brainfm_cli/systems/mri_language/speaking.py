@@ -19,6 +19,7 @@ from torch.nn import functional
 from brainfm_cli.bids.slice_cohort import PLANES, SEQUENCES, SliceCohort
 from brainfm_cli.config import Frozen
 from brainfm_cli.errors import CheckpointMismatchError
+from brainfm_cli.learning.alignment import FrozenTextRecord
 from brainfm_cli.learning.checkpoints import load_weights, read_model_config
 from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
@@ -112,23 +113,11 @@ class SpeakFitSettings(Frozen):
     """Sizes of what is trained."""
 
 
-class SpeakerRecord(Frozen):
+class SpeakerRecord(FrozenTextRecord):
     """What config.yaml says of an aligned model (``alignment``)."""
 
     kind: Literal["reports"] = "reports"
     """What the model was aligned with."""
-    language_model: str
-    """Name or path of the frozen language model."""
-    language_sha256: str
-    """Hash of its weights."""
-    language_width: int
-    """Length of its token vectors."""
-    text_encoder: str
-    """Name or path of the sentence encoder."""
-    text_encoder_sha256: str
-    """Hash of its weights."""
-    contrast_width: int
-    """Length of the contrasted vectors."""
     encoder_sha256: str
     """Hash of the pretrained encoder's weights."""
     size: int
