@@ -19,7 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 SPACE = "MNI152NLin2009cAsym"
-SMOOTHING_MM, BLOCKS = 6.0, 13
+BLOCKS = 13
 Transforms = np.ndarray
 
 
@@ -200,7 +200,7 @@ def ventral_points(run: nib.Nifti1Image, func: Path, stem: str, atlases: Path) -
     return chosen, nib.affines.apply_affine(to_run, head[chosen]).T, float(np.median(enlarged))
 
 
-def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
+def signal(raw: Path, out: Path, atlases: Path, smoothing: float) -> dict[str, object]:
     """Faces against houses in ventral temporal cortex: the preprocessed run in template space beside the run as scanned.
 
     The region is drawn once, in the template (AAL116: fusiform, parahippocampal, lingual), and brought to the run by the transforms
@@ -242,7 +242,7 @@ def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
         return float(np.percentile(np.abs(compute_contrast(labels, fitted, contrast, stat_type="t").z_score()), 95))
 
     def as_scanned(image: object) -> np.ndarray:
-        smooth = smooth_img(image, SMOOTHING_MM)
+        smooth = smooth_img(image, smoothing)
         values = np.moveaxis(smooth.get_fdata(dtype=np.float32), -1, 0)[first:]
         return np.stack([ndimage.map_coordinates(frame, places, order=1, mode="nearest") for frame in values])
 
@@ -252,7 +252,7 @@ def signal(raw: Path, out: Path, atlases: Path) -> dict[str, object]:
     still = [frames[..., index] - move(reference, run.affine, np.linalg.inv(one)) + reference for index, one in enumerate(moves)]
     runs = {
         "as scanned": (0.5, as_scanned(run)),
-        "preprocessed": (moment, smooth_img(str(preprocessed), SMOOTHING_MM * enlarged).get_fdata(dtype=np.float32)[chosen].T[first:]),
+        "preprocessed": (moment, smooth_img(str(preprocessed), smoothing * enlarged).get_fdata(dtype=np.float32)[chosen].T[first:]),
         "as scanned, motion of the reference subtracted": (0.5, as_scanned(nib.Nifti1Image(np.stack(still, -1), run.affine, run.header))),
     }
     blocks = np.array_split(np.arange(run.shape[3] - first), BLOCKS)
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=3)
     parser.add_argument("--frames", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--smoothing", type=float, default=6.0, help="full width in mm of the head, for signal")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -292,7 +293,7 @@ def main() -> None:
             "recovery": lambda: recovery(folder, options.people, options.frames, options.threads),
             "realignment": lambda: realignment(folder, options.frames),
             "chain": lambda: chain(options.raw, folder, threads=options.threads),
-            "signal": lambda: signal(options.raw, options.derivative, options.atlases),
+            "signal": lambda: signal(options.raw, options.derivative, options.atlases, options.smoothing),
         }
         text = json.dumps(todo[options.what](), indent=2)
     print(text)
