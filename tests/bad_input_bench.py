@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from tests import synthetic_bids as synthetic
+from tests.models.tiny_language import write_bert, write_llama
 from tests.stages.command import brainfm, brainfm_on_cpu, only
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def make_viewing(root: Path) -> None:
     assert brainfm("simulate", root, "--kind", "viewing", "--seed", 1, "--set", *sizes) == 0
 
 
+def make_head(root: Path) -> None:
+    """One simulated person as scanned, head and short run, small enough to be preprocessed within a minute."""
+    sizes = ("raw.t1w_mm=2", "raw.bold_mm=4.5", "frames=30", "raw.deformation_mm=2")
+    assert brainfm("simulate", root, "--raw", "--participants", 1, "--set", *sizes) == 0
+
+
 @dataclass
 class Bench:
     """Healthy inputs by name, each made when it is first asked for."""
@@ -77,6 +84,7 @@ class Bench:
             "fmriprep": make_fmriprep,
             "series": make_series,
             "viewing": make_viewing,
+            "head": make_head,
         }
         place = self.root / name
         if name in makers:
@@ -85,6 +93,24 @@ class Bench:
         if name == "voxels":
             assert brainfm("parcellate", self.healthy("viewing"), place, "group", "--trials") == 0
             return place
+        if name == "captioner":
+            training = ("system.preset=nano", "epochs=1", "batch_size=16", "split.validation_fraction=0.3")
+            voxels = self.healthy("voxels")
+            assert brainfm_on_cpu("pretrain", voxels, self.root / "seen", "group", "--system", "brain-caption", "--set", *training) == 0
+            settings = (
+                f"llm={write_llama(self.root / 'llama')}",
+                f"text_encoder={write_bert(self.root / 'bert')}",
+                "fit.q_former.num_queries=4",
+                "fit.q_former.width=32",
+                "fit.q_former.num_heads=2",
+                "fit.contrast_epochs=1",
+                "fit.judged_images=4",
+                "schedule.epochs=2",
+                "schedule.batch_size=16",
+            )
+            options = ("--model", only(self.root / "seen" / "models"), "--set", *settings)
+            assert brainfm_on_cpu("align", voxels, self.root / "bridge", "group", *options) == 0
+            return only(self.root / "bridge" / "models")
         if name == "model":
             training = ("system.preset=tiny", "epochs=1", "steps=1", "batch_size=16", "where.split=[discovery]")
             series = self.healthy("series")

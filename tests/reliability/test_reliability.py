@@ -57,8 +57,8 @@ def test_eight_at_once_are_byte_identical_to_one_after_another(eight: synthetic.
         shutil.rmtree(out)
 
 
-def commands(bench: Bench, place: Path) -> dict[str, Line]:
-    """A line of every command that writes, without its output."""
+def command(name: str, bench: Bench, place: Path) -> Line:
+    """A line of a command that writes, without its output."""
     made = bench.healthy("fmriprep")
     series, model, tuned = (bench.healthy(name) for name in ("series", "model", "tuned"))
     disorders = place / "d.tsv"
@@ -71,7 +71,7 @@ def commands(bench: Bench, place: Path) -> dict[str, Line]:
     cpu = ("--device", "cpu")
     split = "where.split=[holdout]"
     quick = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=100", "evaluation.permutations=99", "evaluation.inner_folds=2")
-    return {
+    found = {
         "simulate": ("simulate", None, "--participants", 3, "--seed", 1, "--atlases", "Schaefer100", "--set", "frames=40"),
         "parcellate participant": ("parcellate", made / "data", None, "participant", *atlas),
         "parcellate group": ("parcellate", made / "data", done, "group", *atlas),
@@ -81,6 +81,21 @@ def commands(bench: Bench, place: Path) -> dict[str, Line]:
         "predict participant": ("predict", series, None, "participant", "--model", tuned, *cpu, "--set", split),
         "predict group": ("predict", series, None, "group", "--model", tuned, *cpu, "--set", split, *quick),
     }  # fmt: skip
+    if name == "preprocess":
+        found[name] = ("preprocess", bench.healthy("head"), None, "participant", "--omp-nthreads", 1)  # repeats are equal at one thread
+    elif name == "caption":
+        found[name] = (
+            "caption",
+            bench.healthy("voxels"),
+            None,
+            "participant",
+            "--model",
+            bench.healthy("captioner"),
+            *cpu,
+            "--set",
+            "max_tokens=12",
+        )
+    return found[name]
 
 
 def into(line: Line, out: Path) -> Line:
@@ -96,15 +111,17 @@ COMMANDS = (
     "prompt-tune",
     "predict participant",
     "predict group",
+    "preprocess",
+    "caption",
 )
-KILLS = 7  # of each command: 56 in all
+KILLS = 7  # of each command: 70 in all
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path, name: str) -> None:
     """Killed with all it started at a random moment, started again and again; the end equals that of an undisturbed run."""
     generator = np.random.default_rng(50)
-    line = commands(bench, tmp_path)[name]
+    line = command(name, bench, tmp_path)
     calm, seconds, kills = tmp_path / "calm", 0.0, 0
     if name == "parcellate group":  # writes into the output of its participants
         shutil.copytree(tmp_path / "parcellated", calm)
@@ -133,7 +150,7 @@ def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path, name: str)
     "name", ["simulate", "parcellate participant", "parcellate group", "prompt-tune", "predict participant", "predict group", "pretrain"]
 )
 def test_two_people_start_the_same_command_in_the_same_folder(bench: Bench, tmp_path: Path, name: str) -> None:
-    line = commands(bench, tmp_path)[name]
+    line = command(name, bench, tmp_path)
     if name == "parcellate group":
         shutil.copytree(tmp_path / "parcellated", tmp_path / "calm")
         shutil.copytree(tmp_path / "parcellated", tmp_path / "both")
@@ -180,7 +197,7 @@ def test_a_full_disk(eight: synthetic.Synthetic, tmp_path: Path, small_disk: Pat
 
 @pytest.mark.parametrize("limit", ["size=200k,nr_inodes=10000", "size=50m,nr_inodes=12"], ids=["bytes", "inodes"])
 def test_a_full_disk_while_training(bench: Bench, tmp_path: Path, small_disk: Path, limit: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
-    line = commands(bench, tmp_path)["pretrain"]
+    line = command("pretrain", bench, tmp_path)
     remount(small_disk, limit)
     assert brainfm(*into(line, tmp_path / "calm" / "out")) == 0
     assert brainfm(*into(line, small_disk / "out")) == 75
@@ -242,7 +259,7 @@ def test_clocks_that_differ(bench: Bench, tmp_path: Path, days: int, caplog: pyt
 
 def test_a_folder_of_models_has_one_model(bench: Bench, tmp_path: Path) -> None:
     """Three people tune the same model at the same moment: one model, whole."""
-    line = commands(bench, tmp_path)["prompt-tune"]
+    line = command("prompt-tune", bench, tmp_path)
     codes = together([into(line, tmp_path / "out")] * 3)
     assert 0 in codes
     assert brainfm(*into(line, tmp_path / "out")) == 0
