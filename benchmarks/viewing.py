@@ -37,9 +37,9 @@ from brainfm_cli.learning.image_split import ImageSplitSettings
 from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import select_trials
-from brainfm_cli.models.causal_language import CausalLanguageModel
+from brainfm_cli.models.language import TextEncoder
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
-from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, CaptionFitSettings, load_language
+from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, BeamChoice, CaptionFitSettings, load_language, load_sentences
 from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, list_viewings, speak
 from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, prepare_person, read_split, write_captioner
 from brainfm_cli.systems.brain_caption.floors import picture_vectors
@@ -132,8 +132,6 @@ class Study:
 
 def prepare_study(arguments: argparse.Namespace) -> None:
     """Simulate, pack and embed; the study folder holds all that ``run`` needs."""
-    from brainfm_cli.systems.brain_caption.aligned import load_sentences
-
     study, scratch = arguments.study, arguments.study / "scratch"
     values = ["participants=4", *(f"viewing.{name}={getattr(arguments, name)}" for name in ("images", "shared", "repeats", "voxels"))]
     if arguments.caption_file is not None:
@@ -183,8 +181,8 @@ class Runner:
     """What is learnt."""
     runs: Path
     """Where models and lines go."""
-    language: CausalLanguageModel
-    """The frozen language model."""
+    sentences: TextEncoder | None
+    """The sentence encoder, where it chooses among beams."""
     arguments: argparse.Namespace
     """Sizes and lengths."""
 
@@ -211,8 +209,9 @@ class Runner:
         given, encoder = self.arguments, self.pretrained(people, seed)
         folder = self.runs / "models" / f"{job.name.replace(' ', '-')}-{seed}"
         fit = CaptionFitSettings.from_values(json.loads(given.fit) | dict(job.fit))
+        language = load_language(given.llm)  # anew for every job: low-rank weights may be added to it
         prepared = prepare_alignment(
-            encoder, self.study.cohort, people, fit, batch_size=given.batch, seed=seed, language=self.language,
+            encoder, self.study.cohort, people, fit, batch_size=given.batch, seed=seed, language=language,
             sentences=self.study.sentences, pictures=self.study.pictures if job.vision else None,  # type: ignore[arg-type]
         )  # fmt: skip
         epochs = given.language_epochs if job.through_language else given.epochs
@@ -242,7 +241,7 @@ class Runner:
         split = read_split(next((self.runs / "models").glob("encoder-*")), cohort)
         for trials in select_trials(cohort, split, people, "test"):
             pictures = [one.name for one in list_viewings(trials, "repeats")]
-            spoken = speak(captioner, cohort, list_viewings(trials, average), altered=altered, max_tokens=24, batch_size=self.arguments.speak_batch)  # fmt: skip
+            spoken = speak(captioner, cohort, list_viewings(trials, average), altered=altered, beams=self.arguments.beams, max_tokens=self.arguments.max_tokens, batch_size=self.arguments.speak_batch, choice=self._choice(captioner))  # fmt: skip
             wanted = self._wanted(captioner, pictures)
             rows = []
             for one in spoken:
@@ -253,6 +252,11 @@ class Runner:
                 rows.append((one.viewing.name, one.caption, rank))
             found[trials.participant] = rows
         return found
+
+    def _choice(self, captioner: AlignedCaptioner) -> BeamChoice | None:
+        if self.sentences is None or not captioner.fit.alignment or captioner.model.bridge.to_contrast.out_features != self.sentences.width:
+            return None
+        return BeamChoice(sentences=self.sentences, weight=self.arguments.vector_weight)
 
     def _wanted(self, captioner: AlignedCaptioner, pictures: Sequence[str]) -> torch.Tensor | None:
         """Vectors of pictures that the model's are compared with; none where nothing was contrasted."""
@@ -272,7 +276,7 @@ class Runner:
         people = [name for name in PEOPLE if name != job.left_out]
         folder, captioner = self.aligned(job, people, seed)
         trained = round(time.perf_counter() - started, 1)
-        common = {"job": job.name, "seed": seed, "device": self._device, "language_sha256": self.language.fingerprint()}
+        common = {"job": job.name, "seed": seed, "device": self._device, "language_sha256": captioner.language.fingerprint()}
         if job.left_out is None:
             line: dict[str, Any] = {**common, "share": None, "said": self.say(captioner, people, "repeats", "none")}
             if job.name == "full":
@@ -311,7 +315,8 @@ def run_jobs(arguments: argparse.Namespace) -> None:
     done = {(row["job"], row["seed"]) for row in rows}
     study = Study(arguments.study)
     jobs = [job for job in JOBS if (not arguments.jobs or job.name in arguments.jobs) and (study.pictures is not None or not job.vision)]
-    runner = Runner(study, arguments.runs, load_language(arguments.llm), arguments)
+    sentences = load_sentences(study.sentences.name) if arguments.vector_weight else None
+    runner = Runner(study, arguments.runs, sentences, arguments)
     for seed, job in [(seed, job) for seed in arguments.seeds for job in jobs]:
         if (job.name, seed) in done:
             continue
@@ -363,6 +368,11 @@ def main() -> None:
     second.add_argument("--tune-epochs", type=int, default=20, help="of all of a person's data; more for less data")
     second.add_argument("--tune-rate", type=float, default=2e-3)
     second.add_argument("--speak-batch", type=int, default=150)
+    second.add_argument("--beams", type=int, default=1)
+    second.add_argument(
+        "--vector-weight", type=float, default=0.0, help="of the brain's vector in choosing among beams (needs the sentence encoder)"
+    )
+    second.add_argument("--max-tokens", type=int, default=24)
     second.add_argument("--single", action="store_true", help="also say what single trials show; three times the captions")
     third = steps.add_parser("report")
     third.add_argument("study", type=Path)

@@ -164,31 +164,39 @@ class CausalLanguageModel:
         return -self.loss(prefix, said)
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, *, beams: int = 1, max_tokens: int = 30, valid: Tensor | None = None) -> Generated:
-        """What follows (texts, length, width) prefixes: greedy, or the best of ``beams`` beams.
+    def generate(
+        self, prefix: Tensor, *, beams: int = 1, max_tokens: int = 30, valid: Tensor | None = None, every: bool = False
+    ) -> Generated:
+        """What follows (texts, length, width) prefixes: greedy, or the best of ``beams`` beams, or ``every`` one of them, those of a prefix in a row.
 
         Prefixes of several lengths are padded on the left; ``valid`` (texts, length) bool says where they are.
         """
         prefix = prefix.to(self._embedding.weight.dtype)
         there = torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device) if valid is None else valid
-        ids = self._model.generate(
+        found = self._model.generate(
             inputs_embeds=prefix,
             attention_mask=there.long(),
             max_new_tokens=max_tokens,
             num_beams=beams,
+            num_return_sequences=beams if every else 1,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
             pad_token_id=self.end,
             eos_token_id=self.end,
+            return_dict_in_generate=True,
+            output_scores=beams > 1,
         )
+        ids = found.sequences
         ended = (ids == self.end).int().cumsum(dim=1)
         kept = (ended == 0) | ((ids == self.end) & (ended == 1))
         texts = tuple(
             " ".join(self._tokenizer.decode(row[held & (row != self.end)], skip_special_tokens=True).split())
             for row, held in zip(ids, kept, strict=True)
         )
+        if beams > 1:  # the search has added them up already
+            return Generated(texts=texts, log_probability=found.sequences_scores)
         return Generated(texts=texts, log_probability=-self._mean_loss(prefix, Tokens(ids=ids, valid=kept), there))
 
     def dialogues(self, conversations: Sequence[Sequence[tuple[str, str]]], *, room: int, longest: int) -> Dialogues:

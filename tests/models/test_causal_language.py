@@ -66,6 +66,18 @@ def test_a_prefix_learns_to_make_the_model_speak(language: CausalLanguageModel) 
     assert language.generate(prefix.detach(), beams=3, max_tokens=20).texts == spoken.texts
 
 
+def test_every_beam_is_given_back_the_likeliest_first(language: CausalLanguageModel) -> None:
+    torch.manual_seed(1)
+    prefix = torch.randn(3, 4, language.width)
+    every = language.generate(prefix, beams=4, max_tokens=12, every=True)
+    best = language.generate(prefix, beams=4, max_tokens=12)
+    assert every.texts[::4] == best.texts
+    torch.testing.assert_close(every.log_probability[::4], best.log_probability)
+    scores = every.log_probability.view(3, 4)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert all(len(set(every.texts[start : start + 4])) == 4 for start in (0, 4, 8))
+
+
 def test_generation_stops_at_the_longest_caption(language: CausalLanguageModel) -> None:
     torch.manual_seed(3)
     spoken = language.generate(torch.randn(3, 2, language.width), max_tokens=4)

@@ -17,7 +17,7 @@ from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.learning.checkpoints import read_model_config, read_tensors
 from brainfm_cli.learning.image_split import ImageSplit
 from brainfm_cli.programs.validator import validate
-from tests.models.tiny_language import write_bert, write_llama
+from tests.models.tiny_language import trained_llama, write_bert, write_llama
 from tests.stages.command import brainfm as run_command
 
 COMMON = {".bidsignore", "config.yaml", "dataset_description.json", "logs/CITATION.md"}
@@ -253,6 +253,40 @@ def test_a_new_participant_is_added_and_nobody_else_changes(chain: Chain, tmp_pa
     assert brainfm("caption", tmp_path / "trials", out, "group", *model) == 0
     # who is known already is not tuned again
     assert brainfm("prompt-tune", tmp_path / "trials", tmp_path / "again", "group", "--model", folder, "--participant-label", "0003") != 0
+
+
+def test_low_rank_weights_are_saved_and_the_brain_s_vector_chooses(chain: Chain, tmp_path: Path, said: Callable[[], str]) -> None:
+    trials, again = chain.root / "trials", ("--model", chain.model("pretrain"), "--config", chain.root / "align.yaml")
+    assert (
+        brainfm("align", trials, tmp_path / "lora", "group", *again, "--set", "fit.lora=2", "schedule.epochs=2", f"llm={trained_llama()}")
+        == 0
+    )
+    (folder,) = (tmp_path / "lora" / "models").iterdir()
+    added = [name for name in read_tensors(folder / "model.safetensors") if name.startswith("language_parts.")]
+    assert added
+    values = {}
+    for weight in (0, 1000):
+        out, asked = tmp_path / f"out{weight}", ("beams=3", f"vector_weight={weight}", "single_trials=false", "max_tokens=6", "bootstraps=20")  # fmt: skip
+        for level in ("participant", "group"):
+            assert brainfm("caption", trials, out, level, "--model", folder, "--participant-label", "0001", "--set", *asked) == 0
+        values[weight] = json.loads((out / "sub-0001" / "sub-0001_desc-brainfm_caption.json").read_text())["captions"]
+    # beside the likeliest of the same beams, the chosen ones are as likely at most, and one at least is another
+    pairs = list(zip(values[0], values[1000], strict=True))
+    assert all(chosen["log_probability"] <= first["log_probability"] + 1e-4 for first, chosen in pairs)
+    assert any(chosen["caption"] != first["caption"] for first, chosen in pairs)
+    assert brainfm("caption", trials, tmp_path / "one", "participant", "--model", folder, "--set", "vector_weight=1") == 78
+    assert "give beams=2 or more" in said()
+
+
+def test_the_vector_cannot_choose_where_it_is_no_sentence_s(chain: Chain, tmp_path: Path, said: Callable[[], str]) -> None:
+    shutil.copytree(chain.model("align"), tmp_path / "model")
+    config = tmp_path / "model" / "config.yaml"
+    values = yaml.safe_load(config.read_text())
+    values["alignment"]["contrast_with"] = "nothing"
+    config.write_text(yaml.safe_dump(values))
+    code = brainfm("caption", chain.root / "trials", tmp_path / "out", "participant", "--model", tmp_path / "model", "--set", "beams=2", "vector_weight=1")  # fmt: skip
+    assert code == 78
+    assert "not contrasted with sentences" in said()
 
 
 def test_questions_are_answered(chain: Chain, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.learning.image_split import ImageSplitSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import TrialBatch, TrialBatches, select_trials
-from brainfm_cli.models.causal_language import CausalLanguageModel, load_language_model
+from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
 from brainfm_cli.simulation.viewing import draw_stimuli
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_caption.aligned import (
     AlignedCaptioner,
+    BeamChoice,
     CaptionFitSettings,
     CaptionWords,
     QFormerSettings,
@@ -143,6 +144,33 @@ def test_the_language_model_is_in_no_state(prepared: PreparedEncoder, language: 
     assert all(name.startswith(("scale.", "encoder.", "bridge.")) for name in made.module.state_dict())
     grown = [name for name, weight in made.module.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0]
     assert any(name.startswith("encoder.first.") for name in grown)
+
+
+def test_low_rank_weights_are_trained_and_the_language_model_s_own_are_not(prepared: PreparedEncoder, sentences: TextEncoder) -> None:
+    language = load_language_model(trained_llama())  # its own: low-rank weights are added to it
+    before, batch = language.fingerprint(), first_batch(prepared.source)
+    plain = captioner(prepared, load_language_model(trained_llama()), sentences).losses(batch, epoch=0.0)
+    made = captioner(prepared, language, sentences, lora=2)
+    terms = made.losses(batch, epoch=0.0)
+    torch.testing.assert_close(terms["language"], plain["language"])  # nothing is added at the start
+    terms["language"].backward()
+    torch.optim.AdamW(made.module.parameters(), lr=0.1).step()
+    assert language.fingerprint() == before
+    added = {name: value for name, value in made.module.state_dict().items() if name.startswith("language_parts.")}
+    assert len(added) == 2 * 2 * 2  # layers, queries and values, down and up
+    assert any(value.abs().sum() > 0 for name, value in added.items() if name.endswith("up"))
+    assert not torch.allclose(made.losses(batch, epoch=0.0)["language"], terms["language"])
+
+
+def test_the_brain_s_vector_chooses_among_beams(sentences: TextEncoder) -> None:
+    texts = ("a dog", "a red cat", "a boat on the beach", "a cow", "a table", "a horse")
+    said = Generated(texts=texts, log_probability=torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]))
+    brains = functional.normalize(sentences.sentences([texts[2], texts[4]]), dim=1)
+    likeliest = BeamChoice(sentences=sentences, weight=0.0).best(said, brains, 3)
+    assert likeliest.texts == ("a dog", "a cow")
+    chosen = BeamChoice(sentences=sentences, weight=1e4).best(said, brains, 3)
+    assert chosen.texts == ("a boat on the beach", "a table")
+    torch.testing.assert_close(chosen.log_probability, torch.tensor([-0.3, -0.5]))
 
 
 def test_one_batch_can_be_learnt_by_heart(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:

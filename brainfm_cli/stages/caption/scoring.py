@@ -154,7 +154,7 @@ def _floors(loaded: Loaded, said: Mapping[str, Mapping[str, Any]], settings: Cap
             if key in settings.floors:
                 spoken = speak(
                     loaded.captioner, loaded.cohort, viewings, altered="zeroed" if altered == "zeroed" else "shuffled", seed=settings.seed,
-                    beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size,
+                    beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size, choice=loaded.choice(settings),
                 )  # fmt: skip
                 made[key].captions[participant] = [(one.viewing.name, one.caption) for one in spoken]
         if "ridge" in settings.floors:

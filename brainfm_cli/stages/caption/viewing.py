@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from brainfm_cli.bids.derivatives import OutputDataset, write_json
@@ -16,10 +16,11 @@ from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Settings
 from brainfm_cli.documents import read_json
+from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning.checkpoints import check_viewer, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.voxel_samples import PersonTrials, select_trials
-from brainfm_cli.systems.brain_caption.aligned import CaptionRecord, load_captioner, load_sentences
+from brainfm_cli.systems.brain_caption.aligned import BeamChoice, CaptionRecord, load_captioner, load_sentences
 from brainfm_cli.systems.brain_caption.decoding import list_viewings, speak
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
 from brainfm_cli.systems.brain_caption.fitting import read_bank, read_split
@@ -44,6 +45,9 @@ class CaptionSettings(Settings):
     """Whether every single trial is captioned too, beside the average of a picture's repeats."""
     beams: int = Field(default=1, ge=1)
     """Beams of the search; 1 is greedy."""
+    vector_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cosine between the brain's vector and a sentence's, beside the mean log-probability of its tokens, in choosing among the beams;
+    0 says the likeliest. Needs ``beams`` of 2 or more, and a model that was contrasted with sentences."""
     max_tokens: int = Field(default=30, ge=1)
     """Longest caption, in tokens."""
     batch_size: int = Field(default=32, ge=1)
@@ -60,6 +64,12 @@ class CaptionSettings(Settings):
     """group: resamples of pictures behind every interval."""
     seed: int = Field(default=0, ge=0)
     """Seed of resamples and of what is shuffled."""
+
+    @model_validator(mode="after")
+    def _something_to_choose_from(self) -> CaptionSettings:
+        if self.vector_weight and self.beams < 2:
+            raise ValueError("vector_weight chooses among beams: give beams=2 or more")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,10 @@ class Loaded:
     sentences: TextEncoder
     """The sentence encoder it was aligned with."""
 
+    def choice(self, settings: CaptionSettings) -> BeamChoice | None:
+        """How one of the beams is chosen, where it is not the likeliest."""
+        return BeamChoice(sentences=self.sentences, weight=settings.vector_weight) if settings.vector_weight else None
+
 
 def caption_viewing(call: Invocation, model: Path, settings: CaptionSettings) -> int:
     """Speak or score; gives back the exit code."""
@@ -88,6 +102,11 @@ def caption_viewing(call: Invocation, model: Path, settings: CaptionSettings) ->
     for name in people:
         check_viewer(known, cohort.spaces[name])
     read_split(model, cohort)
+    if settings.vector_weight and read_model_config(model).alignment.get("contrast_with") in {"images", "nothing"}:
+        raise SettingsError(
+            "vector_weight compares sentences with the brain's vector, and this model's was not contrasted with sentences",
+            where=model, fix="set vector_weight=0",
+        )  # fmt: skip
     if call.level == "group":
         from brainfm_cli.stages.caption.scoring import score_group
 
@@ -154,7 +173,7 @@ def open_output(call: Invocation, model: Path, settings: CaptionSettings) -> Out
 def _said(loaded: Loaded, trials: PersonTrials, settings: CaptionSettings, average: Average) -> list[dict[str, Any]]:
     spoken = speak(
         loaded.captioner, loaded.cohort, list_viewings(trials, average),
-        beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size,
+        beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size, choice=loaded.choice(settings),
     )  # fmt: skip
     nearest = loaded.bank.nearest(loaded.sentences.sentences([one.caption or "." for one in spoken]))
     return [_row(one, near) for one, near in zip(spoken, nearest, strict=True)]

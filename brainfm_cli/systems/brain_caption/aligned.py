@@ -86,6 +86,9 @@ class CaptionFitSettings(Frozen):
     """Share of patches that each training trial hides, others in every epoch: against learning single voxels by heart."""
     noise: float = Field(default=0.0, ge=0)
     """Standard deviation of noise added to z-scored voxels in training, new in every epoch."""
+    lora: int = Field(default=0, ge=0)
+    """Rank of weights that are added to queries and values of the language model and trained too; 0 is the published design, which trains what
+    stands in front of it alone. Its own weights stay as they are."""
     language_items: int | None = Field(default=None, ge=1)
     """Trials of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
     encoder_frozen: float = Field(default=0.1, ge=0, le=1)
@@ -123,6 +126,8 @@ class CaptionModule(nn.Module):
         self.scale = VoxelScale()
         self.encoder = VoxelEncoder(shape, {})
         self.bridge = bridge
+        self.language_parts = nn.ParameterDict()
+        """What was added to the language model."""
         for name, viewer in sorted(viewers.items()):
             self.add(name, viewer)
 
@@ -181,6 +186,24 @@ class CaptionWords:
             row[places] = self.weights[places]
             self._known[text] = row
         return self._known[text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamChoice:
+    """Which of several sentences fits what the brain's vector says: the vector holds more of the picture than the likeliest words do."""
+
+    sentences: TextEncoder
+    """The sentence encoder that brains were contrasted with."""
+    weight: float
+    """Of the cosine beside the mean log-probability of a token."""
+
+    def best(self, said: Generated, brains: Tensor, beams: int) -> Generated:
+        """One of every ``beams`` sentences in a row, for (items, width) unit vectors of brains."""
+        vectors = self.sentences.sentences([text or "." for text in said.texts]).to(brains).unflatten(0, (-1, beams))
+        cosines = (functional.normalize(vectors, dim=2) * brains[:, None]).sum(dim=2)
+        scores = said.log_probability.unflatten(0, (-1, beams)) + self.weight * cosines.to(said.log_probability)
+        places = scores.argmax(dim=1) + beams * torch.arange(len(scores), device=scores.device)
+        return Generated(texts=tuple(said.texts[int(place)] for place in places), log_probability=said.log_probability[places])
 
 
 @dataclass(kw_only=True)
@@ -278,10 +301,16 @@ class AlignedCaptioner:
         return self.fit.alignment and bool(self.targets) and self._epoch < self.fit.contrast_epochs
 
     @torch.no_grad()
-    def say(self, participant: str, scaled: Tensor, *, beams: int = 1, max_tokens: int = 30) -> tuple[Generated, Tensor]:
-        """What the model says of (batch, voxels) scaled responses, and (batch, contrast width) vectors."""
+    def say(
+        self, participant: str, scaled: Tensor, *, beams: int = 1, max_tokens: int = 30, choice: BeamChoice | None = None
+    ) -> tuple[Generated, Tensor]:
+        """What the model says of (batch, voxels) scaled responses, and (batch, contrast width) vectors.
+
+        The likeliest of the beams, or the one that ``choice`` finds best with the brain's vector.
+        """
         prefix, brains = self.model.read(participant, scaled)
-        return self.language.to(prefix.device).generate(prefix, beams=beams, max_tokens=max_tokens), brains
+        found = self.language.to(prefix.device).generate(prefix, beams=beams, max_tokens=max_tokens, every=choice is not None)
+        return (found if choice is None else choice.best(found, brains, beams)), brains
 
 
 def build_captioner(
@@ -299,7 +328,7 @@ def build_captioner(
         if fit.pretrained:
             places = {key: value for key, value in encoder.model.state_dict().items() if key.startswith(("encoder.", "scale."))}
         absent, unknown = model.load_state_dict(places, strict=False)
-        if unknown or (fit.pretrained and not all(key.startswith("bridge.") for key in absent)):
+        if unknown or (fit.pretrained and not all(key.startswith(("bridge.", "language_parts.")) for key in absent)):
             raise CheckpointMismatchError(
                 f"the pretrained encoder does not fit ({', '.join([*unknown, *absent][:3])})", fix="report this as a bug"
             )
@@ -368,7 +397,10 @@ def _module(
         contrast_width=contrast_width,
         token_norm=language.token_norm,
     )
-    return CaptionModule(shape, {name: Viewer(places_mm=torch.zeros(one.voxels, 3)) for name, one in viewers.items()}, bridge)
+    module = CaptionModule(shape, {name: Viewer(places_mm=torch.zeros(one.voxels, 3)) for name, one in viewers.items()}, bridge)
+    if fit.lora:
+        module.language_parts.update(language.adapt(fit.lora))  # the same parameters, so that they are trained and saved with the rest
+    return module
 
 
 def sentence_targets(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, Tensor]:

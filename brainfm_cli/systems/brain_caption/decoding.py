@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from brainfm_cli.bids.voxel_cohort import VoxelCohort
     from brainfm_cli.learning.voxel_samples import PersonTrials
     from brainfm_cli.models.voxel_encoder import VoxelScale
-    from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner
+    from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, BeamChoice
 
 Average = Literal["repeats", "none"]
 Alteration = Literal["none", "zeroed", "shuffled"]
@@ -86,8 +86,9 @@ def speak(
     beams: int = 1,
     max_tokens: int = 30,
     batch_size: int = 32,
+    choice: BeamChoice | None = None,
 ) -> list[Spoken]:
-    """Captions of viewings, in their order.
+    """Captions of viewings, in their order; ``choice`` says which of the beams where it is not the likeliest.
 
     ``altered`` takes the brain away: zeroed puts every voxel at its mean, shuffled exchanges the voxels of each person, by
     one permutation; then only the language model and what it has learnt of captions in general is left to speak.
@@ -96,7 +97,7 @@ def speak(
     for places in _by_participant(viewings, batch_size):
         part = [viewings[place] for place in places]
         scaled = alter(scaled_responses(captioner.model.scale, cohort, part), altered, seed)
-        said, vectors = captioner.say(part[0].participant, scaled, beams=beams, max_tokens=max_tokens)
+        said, vectors = captioner.say(part[0].participant, scaled, beams=beams, max_tokens=max_tokens, choice=choice)
         for place, text, score, vector in zip(places, said.texts, said.log_probability.tolist(), vectors.cpu(), strict=True):
             spoken[place] = Spoken(viewing=viewings[place], caption=text, log_probability=score, vector=vector)
     return [one for one in spoken if one is not None]
