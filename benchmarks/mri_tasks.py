@@ -36,10 +36,10 @@ def brainfm(*arguments: object) -> None:
     print(f"{arguments[0]}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def simulate(folder: Path, people: int, seed: int) -> Path:
-    """Patients of three centres with FLAIR scans."""
+def simulate(folder: Path, people: int, seed: int, sequences: str, hazard: float) -> Path:
+    """Patients of three centres with scans of the named sequences; ``hazard`` is the log hazard ratio of malignancy."""
     if not (folder / "truth.json").is_file():
-        sizes = ("mri.sequences=[FLAIR]", "mri.slice_mm=8", "mri.voxel_mm=4")
+        sizes = (f"mri.sequences=[{sequences}]", "mri.slice_mm=8", "mri.voxel_mm=4", f"mri.hazard={hazard}")
         brainfm("simulate", folder, "--kind", "mri", "--participants", people, "--seed", seed, "--effect", 1.0, "--set", *sizes)
     return folder
 
@@ -68,6 +68,9 @@ def main() -> None:
     parser.add_argument("--participants", type=int, default=100)
     parser.add_argument("--pretrained-on", type=int, default=80)
     parser.add_argument("--epochs", type=int, default=4, help="of pretraining")
+    parser.add_argument("--slices", type=int, default=512, help="slices per epoch of pretraining")
+    parser.add_argument("--sequences", default="FLAIR", help="with commas; lesions are segmented on FLAIR")
+    parser.add_argument("--hazard", type=float, default=1.2, help="log hazard ratio of malignancy, for metastasis and death")
     parser.add_argument("--head-epochs", type=int, default=40)
     parser.add_argument("--lesion-epochs", type=int, default=6)
     parser.add_argument("--no-lesions", action="store_true")
@@ -75,9 +78,9 @@ def main() -> None:
     parser.add_argument("--few-shot", action="store_true")
     parser.add_argument("--centres", action="store_true")
     given = parser.parse_args()
-    others = simulate(given.output / "others", given.pretrained_on, 11)
-    raw = simulate(given.output / "patients", given.participants, 12)
-    sizes = ("system.preset=nano", f"epochs={given.epochs}", "batch_size=32", "system.slices_per_epoch=512", "system.validation_slices=128", "system.evaluated_slices=64")  # fmt: skip
+    others = simulate(given.output / "others", given.pretrained_on, 11, given.sequences, given.hazard)
+    raw = simulate(given.output / "patients", given.participants, 12, given.sequences, given.hazard)
+    sizes = ("system.preset=nano", f"epochs={given.epochs}", "batch_size=32", f"system.slices_per_epoch={given.slices}", "system.validation_slices=128", "system.evaluated_slices=64")  # fmt: skip
     pretrained = given.output / "pretrained"
     brainfm("pretrain", others, pretrained, "group", "--system", "mri-language", "--device", "cpu", "--set", *sizes)
     (model,) = (pretrained / "models").iterdir()
@@ -91,8 +94,8 @@ def main() -> None:
     held_out = ("design.kind=fixed", "design.test_where={split: [holdout]}")
     rows = evaluate(raw, given.output / "tasks", model, TASKS, *held_out, *heads, f"scans.floors.network={str(given.network).lower()}")
     if not given.no_lesions:
-        fast = "scans.schedule.optimiser.learning_rate=0.005"
-        rows += evaluate(raw, given.output / "lesions", model, LESIONS, *held_out, f"scans.schedule.epochs={given.lesion_epochs}", fast)
+        fast = ("scans.schedule.optimiser.learning_rate=0.005", "scans.schedule.batch_size=32", "scans.slices.sequences=[FLAIR]")
+        rows += evaluate(raw, given.output / "lesions", model, LESIONS, *held_out, f"scans.schedule.epochs={given.lesion_epochs}", *fast)
     show(rows)
     if given.few_shot:
         two = {name: TASKS[name] for name in ("disease", "grade")}
