@@ -68,6 +68,7 @@ def content(path: Path) -> bytes:
     """The bytes of a file; of an ITK transform, whose HDF5 holds the time of writing, where it brings the points of a coarse grid."""
     if path.suffix != ".h5":
         return path.read_bytes()
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # ITK reads it once; processes forked from here on inherit what it read
     from brainfm_cli.programs.embedded.itk import mapped_points
 
     return mapped_points((12, 12, 12), GRID, [path]).tobytes()
