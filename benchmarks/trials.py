@@ -40,6 +40,7 @@ from brainfm_cli.learning.checkpoints import write_tensors
 from brainfm_cli.learning.evaluation import Context, EvaluationSettings, evaluate
 from brainfm_cli.learning.floors import FloorSettings, make_floors
 from brainfm_cli.learning.loop import OptimiserSettings
+from brainfm_cli.learning.networks import NetworkSettings
 from brainfm_cli.learning.pooling import pool_all, run_folds
 from brainfm_cli.learning.pretraining import PretrainingSettings, prepare, pretrain_model, whole_training_scans
 from brainfm_cli.learning.regions import RegionFloor
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.learning.forecasts import Predictor
-    from brainfm_cli.stages.predict.rivals import Rival
 
 _PRETRAINING_SEED = 100_000
 _POOL_SEED = 200_000
@@ -99,10 +99,10 @@ def simulate(
     return Cohort.open(folder / "cohort")
 
 
-def pretrain(folder: Path, *, people: int, atlas: str, epochs: int, spectrum: float = 0.5) -> None:
+def pretrain(folder: Path, *, people: int, atlas: str, epochs: int, spectrum: float = 0.5, trial: Mapping[str, Any] | None = None) -> None:
     """The shared encoder; in ``random`` below it one with random weights, whose readout is fitted on the same people."""
     with tempfile.TemporaryDirectory() as scratch:
-        cohort = simulate(Path(scratch), seed=_PRETRAINING_SEED, patients=0, drug_free=people, atlas=atlas)
+        cohort = simulate(Path(scratch), seed=_PRETRAINING_SEED, patients=0, drug_free=people, atlas=atlas, trial=trial)
         chosen = sorted(cohort.participants.index[cohort.participants["cohort"] == "drug-free"])
         settings = PretrainingSettings(epochs=epochs, batch_size=16, optimiser=OptimiserSettings(learning_rate=2e-3))
         system = DrugResponseSettings.from_values({"kind": "drug-response", "preset": "tiny", "masking": {"spectrum": spectrum}})
@@ -115,25 +115,38 @@ def pretrain(folder: Path, *, people: int, atlas: str, epochs: int, spectrum: fl
 
 
 def planted(
-    seed: int, *, model: Path, patients: int, repeats: int, atlas: str, effect: float, rivals: Sequence[Rival] = ()
+    seed: int,
+    *,
+    model: Path,
+    patients: int,
+    repeats: int,
+    atlas: str,
+    effect: float,
+    rivals: RivalSettings | None = None,
+    lean: bool = False,
+    trial: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores of every predictor on one trial."""
+    """Scores of every predictor on one trial; ``lean`` of the model, rivals and who knows the planted features only."""
     system = load_system(model)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        cohort = simulate(root, seed=seed, patients=patients, drug_free=0, atlas=atlas, effect=effect)
+        cohort = simulate(root, seed=seed, patients=patients, drug_free=0, atlas=atlas, effect=effect, trial=trial)
         truth = json.loads((root / "truth.json").read_text(encoding="utf-8"))
         latents = pd.read_csv(root / "latents.tsv", sep="\t", dtype={"participant_id": str}).set_index("participant_id")
         table = participant_table(cohort)
         row: dict[str, Any] = {"seed": seed, "patients": patients, "effect": effect, "repeats": repeats, "scores": {}, "bayes": {}}
         inputs = encode(system, cohort, list(table.index))
-        if (model / "random").is_dir():
+        if (model / "random").is_dir() and not lean:
             twin = load_system(model / "random")
             inputs[FITTED] = (twin, prepare_inputs(twin, cohort, list(table.index), sorted(cohort.atlases)))
         for name in ("response", "analgesia"):
             target = read_target(cohort, name)
-            predictors = _predictors(inputs) | make_floors(cohort, target, table, FLOORS).predictors
-            predictors |= make_rivals(system, cohort, list(table.index), sorted(cohort.atlases), RivalSettings(kinds=tuple(rivals)))
+            predictors = _predictors({"": inputs[""]} if lean else inputs)
+            if lean:
+                predictors = {"both": predictors["both"]}
+            else:
+                predictors |= make_floors(cohort, target, table, FLOORS).predictors
+            predictors |= make_rivals(system, cohort, list(table.index), sorted(cohort.atlases), rivals or RivalSettings())
             features = attainable_features(cohort, truth).set_index("participant_id").loc[list(table.index)]
             predictors[ATTAINABLE] = linear_predictor(tuple(table.index), features[truth["targets"][name]["planted"]].to_numpy(float))
             split = make_split(target, table, DesignSettings(folds=5, repeats=repeats, strata=("arm",), seed=seed))
@@ -165,11 +178,15 @@ def _predictors(encoded: Mapping[str, tuple[Any, dict[str, AtlasInputs]]]) -> di
             if suffix and EMBEDDING not in blocks:
                 continue
             found[name + suffix] = TunedPredictor(prepared=lambda _fold, made=made: made, settings=TuningSettings(epochs=0, blocks=blocks))
+        if suffix == FITTED:
+            continue
         system, inputs = made
         (one,) = inputs.values()
         embedding = one.average(system.read(one.graphs, system.new_prompt(one.atlas)).detach())
         found[f"linear probe, series{suffix}"] = linear_predictor(one.participants, embedding)
-        fused = np.hstack([embedding, *(one.blocks[name] for name in ("groups", "groups_log"))])
+        graph = np.hstack([one.blocks[name] for name in ("groups", "groups_log")])
+        found["linear probe, network connectivity"] = linear_predictor(one.participants, graph)
+        fused = np.hstack([embedding, graph])
         found[f"linear probe, series and network connectivity{suffix}"] = linear_predictor(one.participants, fused)
     return found
 
@@ -401,13 +418,17 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--first", type=int, default=1, help="seed of the first trial, so that several processes share a study")
     parser.add_argument("--rivals", nargs="*", choices=list(RIVAL_NAMES), default=(), help="networks without pretraining beside the model")
+    parser.add_argument("--rival-epochs", type=int, default=NetworkSettings().epochs, help="longest training of those networks")
+    parser.add_argument("--lean", action="store_true", help="the model, rivals and who knows the planted features only")
     parser.add_argument("--patients", type=int, default=56)
     parser.add_argument("--repeats", type=int, default=2, help="repetitions of five folds")
     parser.add_argument("--effect", type=float, default=1.0)
+    parser.add_argument("--patterns", nargs=2, type=int, help="shared patterns of couplings and of spectra in the simulated people")
     parser.add_argument("--atlas", default="Schaefer100")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    world = {"patterns": arguments.patterns} if arguments.patterns else {}
     if arguments.study == "report":
         for path in arguments.files:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -416,13 +437,16 @@ def main() -> None:
     if arguments.model is None:
         parser.error("--model is needed")
     if arguments.study == "pretrain":
-        pretrain(arguments.model, people=arguments.people, atlas=arguments.atlas, epochs=arguments.epochs, spectrum=arguments.spectrum)
+        names = ("people", "atlas", "epochs", "spectrum")
+        pretrain(arguments.model, **{name: getattr(arguments, name) for name in names}, trial=world)
         return
     if arguments.out is None:
         parser.error("--out is needed")
     seeds = range(arguments.first, arguments.first + arguments.trials)
     if arguments.study == "planted":
-        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect", "rivals")}
+        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect", "lean")}
+        training = NetworkSettings(epochs=arguments.rival_epochs)
+        options |= {"trial": world, "rivals": RivalSettings(kinds=tuple(arguments.rivals), training=training)}
         print(json.dumps(report_planted(resumed(arguments.out, seeds, lambda seed: planted(seed, **options))), indent=1))
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -158,6 +158,8 @@ class Population:
     """(nodes,) network of each source node."""
     node_logarithm: NDArray[np.float64]
     """(nodes, nodes) logarithm of the typical covariance of what is a node's own."""
+    mixing: NDArray[np.float64] | None = None
+    """(28, 28) what makes people's own couplings go together, in the order of :data:`COUPLINGS`; none: every coupling varies by itself."""
 
     @property
     def present(self) -> tuple[Disorder, ...]:
@@ -222,7 +224,8 @@ def draw_person(population: Population, index: int) -> Person:
     diagnosis = which if is_case else CONTROL
     known = known_shift(population, age=age, male=male, site=site)
     own = stream(population.seed, index, 1)
-    coupling = known + population.shift_of(diagnosis) + SPREAD * _symmetric(own.normal(size=(len(NETWORKS), len(NETWORKS))))
+    deviation = _mixed(_symmetric(own.normal(size=(len(NETWORKS), len(NETWORKS)))), population.mixing)
+    coupling = known + population.shift_of(diagnosis) + SPREAD * deviation
     return Person(
         index=index,
         age=round(age, 1),
@@ -296,6 +299,16 @@ def _symmetric(square: NDArray[np.float64]) -> NDArray[np.float64]:
     """The lower triangle mirrored: every entry keeps its variance."""
     lower = np.tril(square)
     return lower + np.tril(square, -1).T
+
+
+def _mixed(deviation: NDArray[np.float64], mixing: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """The couplings between Yeo networks, mixed; those with what is no Yeo network stay."""
+    if mixing is None:
+        return deviation
+    rows, columns = np.triu_indices(len(YEO_NETWORKS))
+    changed = deviation.copy()
+    changed[rows, columns] = changed[columns, rows] = mixing @ deviation[rows, columns]
+    return changed
 
 
 def _node_covariance(population: Population, coupling: NDArray[np.float64], own: np.random.Generator) -> NDArray[np.float64]:

@@ -7,18 +7,23 @@ while its covariances stay. Each of the two effects has a part in both, so that 
 * the *prognostic* effect holds in both arms;
 * the *predictive* effect holds under the drug only: who gains from the drug rather than from time and hope.
 
+By default every coupling and every spectrum varies by itself, and a score lies in a few of them: nothing that drug-free people
+show tells which, and 50 patients cannot tell either. With ``patterns`` people differ mostly along a few shared patterns of
+couplings and of spectra, the same in every population, and a score lies along one of each: there is something to be learnt
+from people who were never treated.
+
 Patient ``i`` depends on (seed, i) and the settings only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from scipy import stats
+from scipy import linalg, stats
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.simulation.anatomy import NETWORKS, YEO_NETWORKS
@@ -34,6 +39,7 @@ from brainfm_cli.simulation.truth import (
     measure_couplings,
     measure_tilts,
     network_shares,
+    with_patterns,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ RESPONDER, NON_RESPONDER = "responder", "non-responder"
 TRIAL, DRUG_FREE = "trial", "drug-free"
 TILT_SPREAD = 0.8
 """SD over people of the exponent of a network's spectrum."""
+_OWN = 0.2  # share of a trait's variance that follows no pattern, where there are patterns
 _FIRST_DRUG_FREE = 10_000_000  # numbers of the drug-free people, so that more patients never change who they are
 _BLOCK = 4  # patients per block of the randomisation
 _GRID = 4001
@@ -83,6 +90,9 @@ class TrialSettings(Frozen):
     """Share of either score's variance that lies in dynamics, which connectivity does not show; the rest is coupling."""
     couplings_per_score: int = Field(default=3, ge=1, le=10)
     """Network couplings that carry the coupling part of a score."""
+    patterns: tuple[Annotated[int, Field(ge=2, le=28)], Annotated[int, Field(ge=2, le=7)]] | None = None
+    """How many shared patterns of couplings, and of spectra, people differ along; each score then lies along one of each instead of in
+    ``couplings_per_score`` couplings and one network. None: every coupling and every spectrum varies by itself."""
     mean_analgesia: float = 28.0
     """Mean decrease of pain under placebo, %."""
     drug_benefit: float = 5.0
@@ -101,10 +111,14 @@ class Score:
     """(28,) loadings on the couplings, in the order of :data:`COUPLING_NAMES`."""
     tilts: NDArray[np.float64]
     """(7,) loadings on the networks' tilts, in the order of :data:`TILT_NAMES`."""
+    patterns: tuple[str, ...] = ()
+    """Names of the patterns along which it lies, if people differ along patterns."""
 
     @property
     def columns(self) -> list[str]:
-        """Names of what carries it."""
+        """Names of what carries it: its patterns, or its couplings and tilts."""
+        if self.patterns:
+            return list(self.patterns)
         names = zip((*COUPLING_NAMES, *TILT_NAMES), (*self.couplings, *self.tilts), strict=True)
         return [name for name, loading in names if loading]
 
@@ -127,6 +141,13 @@ class Trial:
     """Holds under the drug only."""
     effect: float
     """Factor of both effects; 0 makes responses independent of everything."""
+    mixing: NDArray[np.float64]
+    """(35, 35) what makes traits go together: traits are it times independent ones. The identity where there are no patterns."""
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """(35, 35) covariance of traits over people."""
+        return self.mixing @ self.mixing.T
 
     @property
     def simulation(self) -> RestSimulation:
@@ -145,7 +166,7 @@ class Patient:
     site: int
     """Number of the site."""
     traits: NDArray[np.float64]
-    """(28 + 7,) own couplings and tilts in SDs over people, what age, sex and site explain taken off."""
+    """(28 + 7,) own couplings and tilts in SDs over people (on average over traits), what age, sex and site explain taken off."""
     arm: str | None
     """``placebo``, ``drug``, or none for the drug-free."""
     analgesia: float | None
@@ -174,13 +195,16 @@ def build_trial(
     seconds = scan.frames * scan.repetition_time_s
     scans = [replace(scan, frames=round(seconds / time), repetition_time_s=time) for time in settings.repetition_times_s]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(2,))))
-    prognostic, predictive = _draw_scores(settings, rng)
+    mixing, couplings = _mixing(settings), len(COUPLING_NAMES)
+    prognostic, predictive = _draw_scores(settings, rng) if settings.patterns is None else _draw_patterned_scores(settings, rng)
+    shared = replace(first.population, mixing=None if settings.patterns is None else mixing[:couplings, :couplings])
     return Trial(
         settings=settings,
-        sites=tuple(replace(first, scan=one) for one in scans),
+        sites=tuple(replace(first, population=shared, scan=one) for one in scans),
         prognostic=prognostic,
         predictive=predictive,
         effect=effect,
+        mixing=mixing,
     )
 
 
@@ -230,7 +254,8 @@ class Planted:
     def table(self) -> pd.DataFrame:
         """One row per participant and atlas, as :func:`~brainfm_cli.simulation.truth.attainable_features` gives it."""
         table = pd.DataFrame(self._rows, columns=["participant_id", "atlas", *COUPLING_NAMES, *TILT_NAMES])
-        return table.sort_values("atlas", key=lambda labels: labels.map(list(self._shares).index), kind="stable", ignore_index=True)
+        table = table.sort_values("atlas", key=lambda labels: labels.map(list(self._shares).index), kind="stable", ignore_index=True)
+        return with_patterns(table, named_patterns(self._trial.settings))
 
 
 def participants(trial: Trial, labels: Sequence[str], patients: Sequence[Patient]) -> pd.DataFrame:
@@ -278,6 +303,7 @@ def build_trial_truth(trial: Trial, table: pd.DataFrame, planted: pd.DataFrame, 
         "spread_sd": SPREAD,
         "tilts": list(TILT_NAMES),
         "tilt_sd": TILT_SPREAD,
+        "patterns": named_patterns(trial.settings),
         "threshold": trial.settings.threshold,
         "scores": {
             name: {"per_sd": round(size * trial.effect * trial.settings.noise_sd, 4), "arms": arms, "loadings": _named(score)}
@@ -301,7 +327,9 @@ def bayes_score(trial: Trial, target: str, arms: Sequence[str], *, couplings: bo
         loadings = trial.effect * settings.noise_sd * _loadings(trial, drug=arm == DRUG)
         known = np.concatenate([np.full(len(COUPLING_NAMES), couplings), np.full(len(TILT_NAMES), tilts)])
         mean = settings.mean_analgesia + settings.drug_benefit * (arm == DRUG)
-        groups.append((mean, float(loadings[known] @ loadings[known]), settings.noise_sd**2 + float(loadings[~known] @ loadings[~known])))
+        # couplings and tilts are independent of one another, so that a kind that is not known tells nothing of one that is
+        signal, rest = (float(part @ trial.covariance @ part) for part in (loadings * known, loadings * ~known))
+        groups.append((mean, signal, settings.noise_sd**2 + rest))
     if target == "analgesia":
         between = float(np.var([mean for mean, _, _ in groups]))
         explained = between + float(np.mean([signal for _, signal, _ in groups]))
@@ -328,7 +356,7 @@ def _draw_traits(trial: Trial, index: int) -> tuple[Person, int, NDArray[np.floa
     site = ord(person.site[-1]) - ord("A")
     own = person.coupling - known_shift(population, age=person.age, male=person.sex == "M", site=site)
     # what is no Yeo network (subcortex) has the typical spectrum
-    tilts = stream(population.seed, index, 6).normal(size=len(YEO_NETWORKS))
+    tilts = trial.mixing[len(COUPLING_NAMES) :, len(COUPLING_NAMES) :] @ stream(population.seed, index, 6).normal(size=len(YEO_NETWORKS))
     by_network = np.array([TILT_SPREAD * tilts[YEO_NETWORKS.index(name)] if name in YEO_NETWORKS else 0.0 for name in NETWORKS])
     traits = np.concatenate([latent_couplings(own) / SPREAD, tilts])
     return replace(person, node_tilt=by_network[population.node_networks]), site, traits
@@ -345,6 +373,58 @@ def _draw_scores(settings: TrialSettings, rng: np.random.Generator) -> tuple[Sco
         loadings[chosen] = rng.choice([-1, 1], count) * np.sqrt((1 - settings.dynamics_share) / count)
         tilts[networks[number]] = rng.choice([-1, 1]) * np.sqrt(settings.dynamics_share)
         scores.append(Score(couplings=loadings, tilts=tilts))
+    return scores[0], scores[1]
+
+
+def shared_patterns(settings: TrialSettings) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(28, patterns) and (7, patterns), columns of length 1 at right angles: the same in every population, as the typical connectome is."""
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(35)))
+    couplings, tilts = (np.linalg.qr(rng.normal(size=(size, size)))[0] for size in (len(COUPLING_NAMES), len(TILT_NAMES)))
+    counts = settings.patterns or (0, 0)
+    return couplings[:, : counts[0]], tilts[:, : counts[1]]
+
+
+def named_patterns(settings: TrialSettings) -> dict[str, dict[str, float]]:
+    """Weights of couplings or tilts in each pattern, by its name; empty where there are none."""
+    return {
+        f"{kind} pattern {place + 1}": dict(zip(names, np.round(weights, 6).tolist(), strict=True))
+        for kind, names, directions in zip(("coupling", "tilt"), (COUPLING_NAMES, TILT_NAMES), shared_patterns(settings), strict=True)
+        for place, weights in enumerate(directions.T)
+    }
+
+
+def _variance_along(directions: NDArray[np.float64]) -> float:
+    """Of traits of mean variance 1, along each of the patterns."""
+    size, count = directions.shape
+    return _OWN + (1 - _OWN) * size / count
+
+
+def _mixing(settings: TrialSettings) -> NDArray[np.float64]:
+    """(35, 35) symmetric root of the traits' covariance, whose mean variance is 1."""
+    if settings.patterns is None:
+        return np.eye(len(COUPLING_NAMES) + len(TILT_NAMES))
+    roots = []
+    for directions in shared_patterns(settings):
+        along = directions @ directions.T
+        roots.append(np.sqrt(_variance_along(directions)) * along + np.sqrt(_OWN) * (np.eye(len(along)) - along))
+    return linalg.block_diag(*roots)
+
+
+def _draw_patterned_scores(settings: TrialSettings, rng: np.random.Generator) -> tuple[Score, Score]:
+    """Two scores that share no pattern, each along one of couplings and one of spectra."""
+    kinds = shared_patterns(settings)
+    chosen = [rng.permutation(directions.shape[1])[:2] for directions in kinds]
+    signs = rng.choice([-1, 1], (2, 2))
+    scores = []
+    for number in (0, 1):
+        couplings, tilts = (
+            np.sqrt(share / _variance_along(directions)) * sign * directions[:, places[number]]
+            for share, directions, places, sign in zip(
+                (1 - settings.dynamics_share, settings.dynamics_share), kinds, chosen, signs[number], strict=True
+            )
+        )
+        names = (f"coupling pattern {chosen[0][number] + 1}", f"tilt pattern {chosen[1][number] + 1}")
+        scores.append(Score(couplings=couplings, tilts=tilts, patterns=names))
     return scores[0], scores[1]
 
 

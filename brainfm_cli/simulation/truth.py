@@ -107,7 +107,7 @@ def attainable_features(cohort: Cohort, truth: Mapping[str, Any]) -> pd.DataFram
     """What may be planted as everybody's series in a packed cohort show it, one row per participant and atlas; runs are averaged.
 
     Atlases that truth.json does not describe are left out. Columns: participant_id, atlas, :data:`COUPLING_NAMES`, and of a
-    trial :data:`TILT_NAMES`.
+    trial :data:`TILT_NAMES` and its patterns.
     """
     tilted = bool(truth.get("tilts"))
     tables = []
@@ -126,7 +126,13 @@ def attainable_features(cohort: Cohort, truth: Mapping[str, Any]) -> pd.DataFram
         ]
         table = pd.DataFrame(rows, columns=["participant_id", "atlas", *COUPLING_NAMES, *(TILT_NAMES if tilted else ())])
         tables.append(table.groupby(["participant_id", "atlas"], as_index=False, sort=False).mean())
-    return pd.concat(tables, ignore_index=True)
+    return with_patterns(pd.concat(tables, ignore_index=True), truth.get("patterns", {}))
+
+
+def with_patterns(table: pd.DataFrame, patterns: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """The table with a column for each pattern of its columns: their sum with the pattern's weights."""
+    sums = {name: table[list(weights)].to_numpy(float) @ np.array(list(weights.values())) for name, weights in patterns.items()}
+    return table.assign(**sums)
 
 
 def attainable_score(features: pd.DataFrame, target: pd.Series, train: Sequence[str] | NDArray, test: Sequence[str] | NDArray) -> float:

@@ -213,3 +213,45 @@ def test_the_command_writes_valid_bids(tmp_path: Path) -> None:
 def test_a_trial_is_written_as_series_only() -> None:
     with pytest.raises(SettingsError, match="add --level series"):
         SimulateSettings.from_values({"kind": "drug"})
+
+
+def test_with_patterns_people_differ_along_them_in_every_population() -> None:
+    trial, other = trial_of(patterns=(4, 2)), trial_of(patterns=(4, 2), seed=6)
+    drawn = [draw_patient(trial, index) for index in range(1, 1501)]
+    traits = np.stack([one.traits for one in drawn])
+    free = np.stack([draw_drug_free(other, index).traits for index in range(1, 1501)])
+    for seen in (traits, free):
+        np.testing.assert_allclose(np.cov(seen, rowvar=False), trial.covariance, atol=0.35)
+        values = np.linalg.eigvalsh(np.cov(seen[:, :28], rowvar=False))[::-1]
+        assert values[3] > 10 * values[4]
+        values = np.linalg.eigvalsh(np.cov(seen[:, 28:], rowvar=False))[::-1]
+        assert values[1] > 5 * values[2]
+    assert np.trace(trial.covariance) == pytest.approx(35)
+    # the person's own covariance has them too: what is planted is what is scanned
+    shown = np.stack([one.person.coupling[np.triu_indices(7)] for one in drawn])
+    assert np.corrcoef(shown @ trial.prognostic.couplings, traits @ np.r_[trial.prognostic.couplings, np.zeros(7)])[0, 1] > 0.9
+    scores = np.stack([trial.prognostic.of(traits), trial.predictive.of(traits)])
+    np.testing.assert_allclose(np.cov(scores), np.eye(2), atol=0.08)
+    assert len({*trial.prognostic.columns, *trial.predictive.columns}) == 4
+    # half of either score lies in dynamics, as without patterns, and the ceilings are those of any two scores of variance 1
+    for target in ("response", "analgesia"):
+        assert bayes_score(trial, target, [DRUG]) == pytest.approx(bayes_score(trial_of(), target, [DRUG]), abs=1e-6)
+        assert bayes_score(trial, target, [DRUG], tilts=False) == pytest.approx(
+            bayes_score(trial_of(), target, [DRUG], tilts=False), abs=1e-6
+        )
+
+
+def test_planted_patterns_are_measured(tmp_path: Path) -> None:
+    values = {"drug_free": 0, "patterns": [4, 2]}
+    settings = SimulateSettings.from_values(
+        {"kind": "drug", "level": "series", "participants": 60, "seed": 5, "atlases": ["Schaefer100"], "trial": values}
+    )
+    write_trial(tmp_path, settings, ())
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    traits = np.stack([draw_patient(trial_of(patterns=(4, 2)), index).traits for index in range(1, 61)])
+    features = attainable_features(Cohort.open(tmp_path), truth).set_index("participant_id")
+    assert len(truth["patterns"]) == 6
+    for name in truth["targets"]["analgesia"]["planted"]:
+        weights = truth["patterns"][name]
+        columns = [[*truth["couplings"], *truth["tilts"]].index(one) for one in weights]
+        assert np.corrcoef(features[name], traits[:, columns] @ list(weights.values()))[0, 1] > 0.7, name
