@@ -282,7 +282,8 @@ class Runner:
             if job.name == "full":
                 if self.arguments.single:
                     line["single"] = self.say(captioner, people, "none", "none")
-                line |= {altered: self.say(captioner, people, "repeats", altered) for altered in ("zeroed", "shuffled")}
+                if not self.arguments.said_alone:
+                    line |= {altered: self.say(captioner, people, "repeats", altered) for altered in ("zeroed", "shuffled")}
                 encoder = self.pretrained(people, seed)
                 line["pretraining"] = json.loads((encoder / "evaluation.json").read_text(encoding="utf-8"))
             lines = [line]
@@ -373,6 +374,7 @@ def main() -> None:
         "--vector-weight", type=float, default=0.0, help="of the brain's vector in choosing among beams (needs the sentence encoder)"
     )
     second.add_argument("--max-tokens", type=int, default=24)
+    second.add_argument("--said-alone", action="store_true", help="without zeroed and shuffled voxels; a third of the captions")
     second.add_argument("--single", action="store_true", help="also say what single trials show; three times the captions")
     third = steps.add_parser("report")
     third.add_argument("study", type=Path)

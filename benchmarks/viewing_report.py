@@ -62,8 +62,11 @@ class Report:
         floors = {
             "constant caption": self._constant(self.people),
             "shuffled captions": self._cider([_moved_on(row["said"]) for row in full]),
-            "zeroed voxels": self._cider([row["zeroed"] for row in full]),
-            "shuffled voxels": self._cider([row["shuffled"] for row in full]),
+            **{
+                f"{name} voxels": self._cider([row[name] for row in full])
+                for name in ("zeroed", "shuffled")
+                if all(name in row for row in full)
+            },
             "ridge to nearest training caption": self._cider([self._ridge_captions(dict.fromkeys(self.people, 1.0))]),
         }
         rows["CIDEr"] |= {name: self.interval(values) | {"lead": self.interval(model - values)} for name, values in floors.items()}
@@ -85,11 +88,12 @@ class Report:
         found = {
             "chance": round(1 / len(self.names), 5),
             "the brain's vector": self.interval(model) | {"lead over ridge": self.interval(model - ridge)},
-            "the brain's vector, voxels shuffled": self.interval(self._first([row["shuffled"] for row in full])),
             "what was said": self.interval(said),
             "ridge to sentence vectors": self.interval(ridge),
             "generator's own likelihood": round(ceiling, 4),
         }
+        if all("shuffled" in row for row in full):
+            found["the brain's vector, voxels shuffled"] = self.interval(self._first([row["shuffled"] for row in full]))
         if all("single" in row for row in full):
             found["the brain's vector, single trials"] = self.interval(self._first([row["single"] for row in full]))
         found["share of the ceiling"] = self.interval(model / ceiling)

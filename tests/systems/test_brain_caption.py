@@ -120,6 +120,8 @@ def test_the_encoder_starts_late_and_slow(prepared: PreparedEncoder, language: C
     assert [made.rate_factor("encoder.patch.weight", progress) for progress in (0.0, 0.09, 0.11)] == [0.0, 0.0, 0.1]
     assert made.rate_factor("bridge.to_language.weight", 0.0) == 1.0
     assert captioner(prepared, language, sentences, pretrained=False).rate_factor("encoder.patch.weight", 0.0) == 1.0
+    faster = captioner(prepared, language, sentences, lora_rate=8.0)
+    assert [faster.rate_factor(name, 0.5) for name in ("language_parts.q_up", "bridge.to_language.weight")] == [8.0, 1.0]
 
 
 def test_losses_by_phase_and_ablation(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
