@@ -12,8 +12,11 @@ Every trial is one line of the file given by --out; a run that was stopped goes 
 
     python benchmarks/trials.py pretrain --model MODEL --people 2000 --epochs 3
     python benchmarks/trials.py planted --model MODEL --trials 24 --out planted.jsonl
+    python benchmarks/trials.py planted --model MODEL --trials 24 --parts --rivals series-cnn --rival-epochs 30 --out rivals.jsonl
     python benchmarks/trials.py null --model MODEL --trials 200 --out null.jsonl
-    python benchmarks/trials.py report planted.jsonl null.jsonl
+    python benchmarks/trials.py report planted.jsonl rivals.jsonl null.jsonl
+
+``--patterns 4 2`` in both studies: people who differ along shared patterns, so that drug-free people tell something of where a score may lie.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ _HIDDEN = 32
 BLOCKS = {"both": (EMBEDDING, *CONNECTIVITY), "series only": (EMBEDDING,), "connectivity only": CONNECTIVITY}
 RANDOM = ", random frozen encoder"
 FITTED = f"{RANDOM}, axes fitted on the same people"
+PARTS = ("model", "probes", "floors")
 ATTAINABLE = "linear model on the planted features"
 FLOORS = FloorSettings(kinds=("majority", "spread", "fisherz", "tangent", "kernel-ridge"))
 
@@ -123,10 +127,10 @@ def planted(
     atlas: str,
     effect: float,
     rivals: RivalSettings | None = None,
-    lean: bool = False,
+    parts: Sequence[str] = PARTS,
     trial: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores of every predictor on one trial; ``lean`` of the model, rivals and who knows the planted features only."""
+    """Scores on one trial of the predictors of some parts, of rivals, and of who knows the planted features."""
     system = load_system(model)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -136,15 +140,13 @@ def planted(
         table = participant_table(cohort)
         row: dict[str, Any] = {"seed": seed, "patients": patients, "effect": effect, "repeats": repeats, "scores": {}, "bayes": {}}
         inputs = encode(system, cohort, list(table.index))
-        if (model / "random").is_dir() and not lean:
+        if (model / "random").is_dir():
             twin = load_system(model / "random")
             inputs[FITTED] = (twin, prepare_inputs(twin, cohort, list(table.index), sorted(cohort.atlases)))
         for name in ("response", "analgesia"):
             target = read_target(cohort, name)
-            predictors = _predictors({"": inputs[""]} if lean else inputs)
-            if lean:
-                predictors = {"both": predictors["both"]}
-            else:
+            predictors = _predictors(inputs, parts)
+            if "floors" in parts:
                 predictors |= make_floors(cohort, target, table, FLOORS).predictors
             predictors |= make_rivals(system, cohort, list(table.index), sorted(cohort.atlases), rivals or RivalSettings())
             features = attainable_features(cohort, truth).set_index("participant_id").loc[list(table.index)]
@@ -157,7 +159,8 @@ def planted(
             if name == "response":
                 row["counts"] = target.counts()
             people = target.keep(split.tested)
-            row[f"trial_{name}"] = {key: _of_trial(people, pooled[key], table, latents) for key in ("both", ATTAINABLE)}
+            if "model" in parts:
+                row[f"trial_{name}"] = {key: _of_trial(people, pooled[key], table, latents) for key in ("both", ATTAINABLE)}
     return row
 
 
@@ -171,14 +174,14 @@ def encode(system: Any, cohort: Cohort, people: Sequence[str], seed: int = 0) ->
     }
 
 
-def _predictors(encoded: Mapping[str, tuple[Any, dict[str, AtlasInputs]]]) -> dict[str, Predictor]:
+def _predictors(encoded: Mapping[str, tuple[Any, dict[str, AtlasInputs]]], parts: Sequence[str]) -> dict[str, Predictor]:
     found: dict[str, Predictor] = {}
     for suffix, made in encoded.items():
-        for name, blocks in BLOCKS.items():
+        for name, blocks in BLOCKS.items() if "model" in parts else ():
             if suffix and EMBEDDING not in blocks:
                 continue
             found[name + suffix] = TunedPredictor(prepared=lambda _fold, made=made: made, settings=TuningSettings(epochs=0, blocks=blocks))
-        if suffix == FITTED:
+        if suffix == FITTED or "probes" not in parts:
             continue
         system, inputs = made
         (one,) = inputs.values()
@@ -321,6 +324,21 @@ def epoch_scores(features: NDArray[Any], labels: NDArray[np.int64], tests: NDArr
     return scores
 
 
+def joined(rows: Sequence[Mapping[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    """Rows of the same trials in several files as one, by effect; trials that some file lacks are left out."""
+    found: dict[float, dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["effect"], {}).setdefault(row["seed"], []).append(row)
+    merged: dict[float, list[dict[str, Any]]] = {}
+    for effect, trials in found.items():
+        most = max(len(parts) for parts in trials.values())
+        for parts in trials.values():
+            if len(parts) == most:
+                scores = {name: {key: value for one in parts for key, value in one["scores"][name].items()} for name in parts[0]["scores"]}
+                merged.setdefault(effect, []).append({key: value for one in parts for key, value in one.items()} | {"scores": scores})
+    return merged
+
+
 def report_planted(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over trials with bootstrap intervals over trials, and paired differences."""
     rng = np.random.default_rng(0)
@@ -419,7 +437,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1, help="seed of the first trial, so that several processes share a study")
     parser.add_argument("--rivals", nargs="*", choices=list(RIVAL_NAMES), default=(), help="networks without pretraining beside the model")
     parser.add_argument("--rival-epochs", type=int, default=NetworkSettings().epochs, help="longest training of those networks")
-    parser.add_argument("--lean", action="store_true", help="the model, rivals and who knows the planted features only")
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=PARTS,
+        default=PARTS,
+        help="predictors beside who knows the planted features; report joins files of the same trials",
+    )
     parser.add_argument("--patients", type=int, default=56)
     parser.add_argument("--repeats", type=int, default=2, help="repetitions of five folds")
     parser.add_argument("--effect", type=float, default=1.0)
@@ -430,9 +454,11 @@ def main() -> None:
     torch.set_num_threads(1)
     world = {"patterns": arguments.patterns} if arguments.patterns else {}
     if arguments.study == "report":
-        for path in arguments.files:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            print(json.dumps(report_planted(rows) if "scores" in rows[0] else report_null(rows), indent=1))
+        rows = [json.loads(line) for path in arguments.files for line in path.read_text(encoding="utf-8").splitlines()]
+        for effect, trials in joined([row for row in rows if "scores" in row]).items():
+            print(json.dumps({f"planted, effect {effect:g}": report_planted(trials)}, indent=1))
+        if without := [row for row in rows if "scores" not in row]:
+            print(json.dumps({"null": report_null(without)}, indent=1))
         return
     if arguments.model is None:
         parser.error("--model is needed")
@@ -444,10 +470,10 @@ def main() -> None:
         parser.error("--out is needed")
     seeds = range(arguments.first, arguments.first + arguments.trials)
     if arguments.study == "planted":
-        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect", "lean")}
+        options = {name: getattr(arguments, name) for name in ("model", "patients", "repeats", "atlas", "effect", "parts")}
         training = NetworkSettings(epochs=arguments.rival_epochs)
         options |= {"trial": world, "rivals": RivalSettings(kinds=tuple(arguments.rivals), training=training)}
-        print(json.dumps(report_planted(resumed(arguments.out, seeds, lambda seed: planted(seed, **options))), indent=1))
+        resumed(arguments.out, seeds, lambda seed: planted(seed, **options))
         return
     with tempfile.TemporaryDirectory() as scratch:
         cohort, system = null_pool(Path(scratch), people=arguments.people, atlas=arguments.atlas), load_system(arguments.model)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from brainfm_cli.learning.attributions import ExplanationSettings
+from brainfm_cli.learning.networks import NetworkSettings
+from brainfm_cli.stages.predict.rivals import NAMES, RivalSettings
 from brainfm_cli.systems import drug_response, load_system
 
 if TYPE_CHECKING:
@@ -52,6 +54,25 @@ def test_pretraining_ends_with_the_axes_of_its_people(studies: Any, tmp_path: Pa
     for folder in (tmp_path / "model", tmp_path / "model" / "random"):
         (axes,) = load_system(folder).model.kept.values()
         assert axes.fitted, folder.name
+
+
+def test_parts_of_a_trial_run_apart_share_their_folds_and_are_joined(model: Path) -> None:
+    trials = importlib.import_module("trials")
+    rivals = RivalSettings(kinds=("brain-network-transformer", "series-cnn"), training=NetworkSettings(epochs=1, inner_folds=1))
+    given = {"model": model, "patients": 40, "repeats": 1, "atlas": "Schaefer100", "effect": 3.0, "trial": {"patterns": [4, 2]}}
+    rows = [trials.planted(3, parts=("model",), **given), trials.planted(3, parts=("probes",), rivals=rivals, **given)]
+    knows = [row["scores"]["analgesia"][trials.ATTAINABLE] for row in rows]
+    assert knows[0] == knows[1]  # the same people and folds
+    assert knows[0]["pearson_r"] > 0.3
+    (joined,) = trials.joined([*rows, {**rows[0], "seed": 4}])[3.0]  # the other trial has one part only
+    for name in ("both", "series only", "connectivity only", "linear probe, network connectivity", *rivals_named()):
+        assert joined["scores"]["response"][name]["auroc"] is not None, name
+    assert "trial_response" in joined
+    assert trials.report_planted([joined])["response, auroc"]["scores"]["both"][0] == joined["scores"]["response"]["both"]["auroc"]
+
+
+def rivals_named() -> list[str]:
+    return [NAMES["brain-network-transformer"], NAMES["series-cnn"]]
 
 
 def test_planted_regions_are_those_of_the_networks_that_carry_the_score(studies: Any) -> None:
