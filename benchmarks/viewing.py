@@ -39,8 +39,8 @@ from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import select_trials
 from brainfm_cli.models.language import TextEncoder
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
-from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, BeamChoice, CaptionFitSettings, load_language, load_sentences
-from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, list_viewings, speak
+from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, CaptionFitSettings, load_language, load_sentences
+from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, BeamChoice, list_viewings, speak
 from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, prepare_person, read_split, write_captioner
 from brainfm_cli.systems.brain_caption.floors import picture_vectors
 from brainfm_cli.systems.brain_caption.pretraining import prepare, pretrain_encoder

@@ -58,9 +58,13 @@ def make_viewing(root: Path) -> None:
     assert brainfm("simulate", root, "--kind", "viewing", "--seed", 1, "--set", *sizes) == 0
 
 
+HEAD_FRAMES = 30
+"""Length of the run of :func:`make_head`."""
+
+
 def make_head(root: Path) -> None:
     """One simulated person as scanned, head and short run, small enough to be preprocessed within a minute."""
-    sizes = ("raw.t1w_mm=2", "raw.bold_mm=4.5", "frames=30", "raw.deformation_mm=2")
+    sizes = ("raw.t1w_mm=2", "raw.bold_mm=4.5", f"frames={HEAD_FRAMES}", "raw.deformation_mm=2")
     assert brainfm("simulate", root, "--raw", "--participants", 1, "--set", *sizes) == 0
 
 
@@ -156,7 +160,7 @@ class Case:
 
     def argument(self, text: str) -> str:
         """One word of a command line, with ``{name}`` filled by an input's path, ``{out}`` and ``{place}``."""
-        for name in ("raw", "fmriprep", "series", "viewing", "voxels", "model", "tuned"):
+        for name in ("raw", "fmriprep", "series", "viewing", "voxels", "model", "tuned", "head", "captioner"):
             if f"{{{name}}}" in text:
                 folder = self.copies.get(name) or self.bench.healthy(name)
                 text = text.replace(f"{{{name}}}", str(folder / "data" if name == "fmriprep" else folder))

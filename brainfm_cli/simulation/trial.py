@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from scipy import linalg, stats
+from scipy import stats
 
 from brainfm_cli.config import Frozen
 from brainfm_cli.simulation.anatomy import NETWORKS, YEO_NETWORKS
 from brainfm_cli.simulation.population import COUPLINGS, SPREAD, Person, draw_person, known_shift, stream
 from brainfm_cli.simulation.rest import PersonSeries, RestSimulation, build_rest, series_of
 from brainfm_cli.simulation.sources import Scan
+from brainfm_cli.simulation.trial_patterns import mixing_of, named_patterns, shared_patterns, variance_along
 from brainfm_cli.simulation.truth import (
     COUPLING_NAMES,
     TILT_NAMES,
@@ -55,7 +56,6 @@ RESPONDER, NON_RESPONDER = "responder", "non-responder"
 TRIAL, DRUG_FREE = "trial", "drug-free"
 TILT_SPREAD = 0.8
 """SD over people of the exponent of a network's spectrum."""
-_OWN = 0.2  # share of a trait's variance that follows no pattern, where there are patterns
 _FIRST_DRUG_FREE = 10_000_000  # numbers of the drug-free people, so that more patients never change who they are
 _BLOCK = 4  # patients per block of the randomisation
 _GRID = 4001
@@ -195,7 +195,7 @@ def build_trial(
     seconds = scan.frames * scan.repetition_time_s
     scans = [replace(scan, frames=round(seconds / time), repetition_time_s=time) for time in settings.repetition_times_s]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(2,))))
-    mixing, couplings = _mixing(settings), len(COUPLING_NAMES)
+    mixing, couplings = mixing_of(settings.patterns), len(COUPLING_NAMES)
     prognostic, predictive = _draw_scores(settings, rng) if settings.patterns is None else _draw_patterned_scores(settings, rng)
     shared = replace(first.population, mixing=None if settings.patterns is None else mixing[:couplings, :couplings])
     return Trial(
@@ -255,7 +255,7 @@ class Planted:
         """One row per participant and atlas, as :func:`~brainfm_cli.simulation.truth.attainable_features` gives it."""
         table = pd.DataFrame(self._rows, columns=["participant_id", "atlas", *COUPLING_NAMES, *TILT_NAMES])
         table = table.sort_values("atlas", key=lambda labels: labels.map(list(self._shares).index), kind="stable", ignore_index=True)
-        return with_patterns(table, named_patterns(self._trial.settings))
+        return with_patterns(table, named_patterns(self._trial.settings.patterns))
 
 
 def participants(trial: Trial, labels: Sequence[str], patients: Sequence[Patient]) -> pd.DataFrame:
@@ -303,7 +303,7 @@ def build_trial_truth(trial: Trial, table: pd.DataFrame, planted: pd.DataFrame, 
         "spread_sd": SPREAD,
         "tilts": list(TILT_NAMES),
         "tilt_sd": TILT_SPREAD,
-        "patterns": named_patterns(trial.settings),
+        "patterns": named_patterns(trial.settings.patterns),
         "threshold": trial.settings.threshold,
         "scores": {
             name: {"per_sd": round(size * trial.effect * trial.settings.noise_sd, 4), "arms": arms, "loadings": _named(score)}
@@ -376,49 +376,15 @@ def _draw_scores(settings: TrialSettings, rng: np.random.Generator) -> tuple[Sco
     return scores[0], scores[1]
 
 
-def shared_patterns(settings: TrialSettings) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(28, patterns) and (7, patterns), columns of length 1 at right angles: the same in every population, as the typical connectome is."""
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(35)))
-    couplings, tilts = (np.linalg.qr(rng.normal(size=(size, size)))[0] for size in (len(COUPLING_NAMES), len(TILT_NAMES)))
-    counts = settings.patterns or (0, 0)
-    return couplings[:, : counts[0]], tilts[:, : counts[1]]
-
-
-def named_patterns(settings: TrialSettings) -> dict[str, dict[str, float]]:
-    """Weights of couplings or tilts in each pattern, by its name; empty where there are none."""
-    return {
-        f"{kind} pattern {place + 1}": dict(zip(names, np.round(weights, 6).tolist(), strict=True))
-        for kind, names, directions in zip(("coupling", "tilt"), (COUPLING_NAMES, TILT_NAMES), shared_patterns(settings), strict=True)
-        for place, weights in enumerate(directions.T)
-    }
-
-
-def _variance_along(directions: NDArray[np.float64]) -> float:
-    """Of traits of mean variance 1, along each of the patterns."""
-    size, count = directions.shape
-    return _OWN + (1 - _OWN) * size / count
-
-
-def _mixing(settings: TrialSettings) -> NDArray[np.float64]:
-    """(35, 35) symmetric root of the traits' covariance, whose mean variance is 1."""
-    if settings.patterns is None:
-        return np.eye(len(COUPLING_NAMES) + len(TILT_NAMES))
-    roots = []
-    for directions in shared_patterns(settings):
-        along = directions @ directions.T
-        roots.append(np.sqrt(_variance_along(directions)) * along + np.sqrt(_OWN) * (np.eye(len(along)) - along))
-    return linalg.block_diag(*roots)
-
-
 def _draw_patterned_scores(settings: TrialSettings, rng: np.random.Generator) -> tuple[Score, Score]:
     """Two scores that share no pattern, each along one of couplings and one of spectra."""
-    kinds = shared_patterns(settings)
+    kinds = shared_patterns(settings.patterns)
     chosen = [rng.permutation(directions.shape[1])[:2] for directions in kinds]
     signs = rng.choice([-1, 1], (2, 2))
     scores = []
     for number in (0, 1):
         couplings, tilts = (
-            np.sqrt(share / _variance_along(directions)) * sign * directions[:, places[number]]
+            np.sqrt(share / variance_along(directions)) * sign * directions[:, places[number]]
             for share, directions, places, sign in zip(
                 (1 - settings.dynamics_share, settings.dynamics_share), kinds, chosen, signs[number], strict=True
             )

@@ -65,14 +65,10 @@ def test_parts_of_a_trial_run_apart_share_their_folds_and_are_joined(model: Path
     assert knows[0] == knows[1]  # the same people and folds
     assert knows[0]["pearson_r"] > 0.3
     (joined,) = trials.joined([*rows, {**rows[0], "seed": 4}])[3.0]  # the other trial has one part only
-    for name in ("both", "series only", "connectivity only", "linear probe, network connectivity", *rivals_named()):
+    for name in ("both", "series only", "connectivity only", "linear probe, network connectivity", *(NAMES[kind] for kind in rivals.kinds)):
         assert joined["scores"]["response"][name]["auroc"] is not None, name
     assert "trial_response" in joined
     assert trials.report_planted([joined])["response, auroc"]["scores"]["both"][0] == joined["scores"]["response"]["both"]["auroc"]
-
-
-def rivals_named() -> list[str]:
-    return [NAMES["brain-network-transformer"], NAMES["series-cnn"]]
 
 
 def test_planted_regions_are_those_of_the_networks_that_carry_the_score(studies: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests import synthetic_bids as synthetic
-from tests.bad_input_bench import Bench
+from tests.bad_input_bench import Bench, Case
 from tests.reliability.crowd import Line, killed_after, records, together, tree
 from tests.stages.command import brainfm, only
 
@@ -57,63 +57,44 @@ def test_eight_at_once_are_byte_identical_to_one_after_another(eight: synthetic.
         shutil.rmtree(out)
 
 
+ATLAS = ("--atlases", synthetic.ATLAS, "--datasets", "tests={atlases}")
+CPU = ("--device", "cpu")
+HOLDOUT = "where.split=[holdout]"
+QUICK = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=100", "evaluation.permutations=99", "evaluation.inner_folds=2")
+DISORDERS = "name\tabbreviation\tdescription\nArvel\tARV\tweaker coupling between the visual network and the default mode network\n"
+COMMANDS: dict[str, tuple[str | None, ...]] = {
+    "simulate": ("simulate", None, "--participants", "3", "--seed", "1", "--atlases", "Schaefer100", "--set", "frames=40"),
+    "parcellate participant": ("parcellate", "{fmriprep}", None, "participant", *ATLAS),
+    "parcellate group": ("parcellate", "{fmriprep}", None, "group", *ATLAS),
+    "pretrain": ("pretrain", "{series}", None, "group", "--system", "brain-graph", *CPU, "--set", "system.preset=tiny", "epochs=3", "batch_size=8", "checkpoint_every=1"),
+    "align": ("align", "{series}", None, "group", "--model", "{model}", "--target", "diagnosis", *CPU, "--set", "disorders={place}/d.tsv"),
+    "prompt-tune": ("prompt-tune", "{series}", None, "group", "--model", "{model}", "--target", "diagnosis_binary", *CPU, "--set", "tuning.epochs=2", "tuning.inner_folds=2"),
+    "predict participant": ("predict", "{series}", None, "participant", "--model", "{tuned}", *CPU, "--set", HOLDOUT),
+    "predict group": ("predict", "{series}", None, "group", "--model", "{tuned}", *CPU, "--set", HOLDOUT, *QUICK),
+    "preprocess": ("preprocess", "{head}", None, "participant", "--omp-nthreads", "1"),  # repeats are equal at one thread
+    "caption": ("caption", "{voxels}", None, "participant", "--model", "{captioner}", *CPU, "--set", "max_tokens=12"),
+}  # fmt: skip
+"""A line of every command that writes; its output is left open."""
+
+
 def command(name: str, bench: Bench, place: Path) -> Line:
-    """A line of a command that writes, without its output."""
-    made = bench.healthy("fmriprep")
-    series, model, tuned = (bench.healthy(name) for name in ("series", "model", "tuned"))
-    disorders = place / "d.tsv"
-    disorders.write_text(
-        "name\tabbreviation\tdescription\nArvel\tARV\tweaker coupling between the visual network and the default mode network\n"
-    )
-    done = place / "parcellated"
-    atlas = ("--atlases", synthetic.ATLAS, "--datasets", f"tests={made / 'atlases'}")
-    assert brainfm("parcellate", made / "data", done, "participant", *atlas) == 0
-    cpu = ("--device", "cpu")
-    split = "where.split=[holdout]"
-    quick = ("floors.kinds=[majority,covariates]", "evaluation.bootstraps=100", "evaluation.permutations=99", "evaluation.inner_folds=2")
-    found = {
-        "simulate": ("simulate", None, "--participants", 3, "--seed", 1, "--atlases", "Schaefer100", "--set", "frames=40"),
-        "parcellate participant": ("parcellate", made / "data", None, "participant", *atlas),
-        "parcellate group": ("parcellate", made / "data", done, "group", *atlas),
-        "pretrain": ("pretrain", series, None, "group", "--system", "brain-graph", *cpu, "--set", "system.preset=tiny", "epochs=3", "batch_size=8", "checkpoint_every=1"),
-        "align": ("align", series, None, "group", "--model", model, "--target", "diagnosis", *cpu, "--set", f"disorders={disorders}"),
-        "prompt-tune": ("prompt-tune", series, None, "group", "--model", model, "--target", "diagnosis_binary", *cpu, "--set", "tuning.epochs=2", "tuning.inner_folds=2"),
-        "predict participant": ("predict", series, None, "participant", "--model", tuned, *cpu, "--set", split),
-        "predict group": ("predict", series, None, "group", "--model", tuned, *cpu, "--set", split, *quick),
-    }  # fmt: skip
-    if name == "preprocess":
-        found[name] = ("preprocess", bench.healthy("head"), None, "participant", "--omp-nthreads", 1)  # repeats are equal at one thread
-    elif name == "caption":
-        found[name] = (
-            "caption",
-            bench.healthy("voxels"),
-            None,
-            "participant",
-            "--model",
-            bench.healthy("captioner"),
-            *cpu,
-            "--set",
-            "max_tokens=12",
-        )
-    return found[name]
+    """One of these lines with its inputs, without its output."""
+    case = Case(bench, place)
+    case.file("d.tsv", DISORDERS)
+    return tuple(None if word is None else case.argument(word) for word in COMMANDS[name])
+
+
+def output(name: str, bench: Bench, out: Path) -> Path:
+    """Where a command writes: the group level of parcellate into the output of its participants, others into nothing yet."""
+    if name == "parcellate group":
+        assert brainfm(*into(command("parcellate participant", bench, out.parent), out)) == 0
+    return out
 
 
 def into(line: Line, out: Path) -> Line:
     return tuple(out if word is None else word for word in line)
 
 
-COMMANDS = (
-    "simulate",
-    "parcellate participant",
-    "parcellate group",
-    "pretrain",
-    "align",
-    "prompt-tune",
-    "predict participant",
-    "predict group",
-    "preprocess",
-    "caption",
-)
 KILLS = 7  # of each command: 70 in all
 
 
@@ -122,19 +103,14 @@ def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path, name: str)
     """Killed with all it started at a random moment, started again and again; the end equals that of an undisturbed run."""
     generator = np.random.default_rng(50)
     line = command(name, bench, tmp_path)
-    calm, seconds, kills = tmp_path / "calm", 0.0, 0
-    if name == "parcellate group":  # writes into the output of its participants
-        shutil.copytree(tmp_path / "parcellated", calm)
-        line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
+    calm, seconds, kills = output(name, bench, tmp_path / "calm"), 0.0, 0
     clock = time.monotonic()
     assert together([into(line, calm)]) == [0]
     seconds = time.monotonic() - clock
     for attempt in range(30):
         if kills == KILLS:
             break
-        out = tmp_path / f"killed-{attempt}"
-        if name == "parcellate group":
-            shutil.copytree(tmp_path / "parcellated", out)
+        out = output(name, bench, tmp_path / f"killed-{attempt}")
         while kills < KILLS and killed_after(into(line, out), float(generator.uniform(0.02, 1.0) * seconds)):
             kills += 1
             if generator.random() < 0.5:
@@ -151,15 +127,12 @@ def test_fifty_kills_over_every_command(bench: Bench, tmp_path: Path, name: str)
 )
 def test_two_people_start_the_same_command_in_the_same_folder(bench: Bench, tmp_path: Path, name: str) -> None:
     line = command(name, bench, tmp_path)
-    if name == "parcellate group":
-        shutil.copytree(tmp_path / "parcellated", tmp_path / "calm")
-        shutil.copytree(tmp_path / "parcellated", tmp_path / "both")
-        line = tuple(None if word == tmp_path / "parcellated" else word for word in line)
-    assert brainfm(*into(line, tmp_path / "calm")) == 0
-    codes = together([into(line, tmp_path / "both")] * 2)
+    calm, both = (output(name, bench, tmp_path / folder) for folder in ("calm", "both"))
+    assert brainfm(*into(line, calm)) == 0
+    codes = together([into(line, both)] * 2)
     assert 0 in codes, codes
-    assert brainfm(*into(line, tmp_path / "both")) == 0  # whoever was in the other's way is done by the same command
-    assert tree(tmp_path / "both") == tree(tmp_path / "calm")
+    assert brainfm(*into(line, both)) == 0  # whoever was in the other's way is done by the same command
+    assert tree(both) == tree(calm)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 
 from brainfm_cli.errors import EXIT_BAD_DATA, EXIT_NOT_FOUND, EXIT_SETTINGS
 from brainfm_cli.programs.validator import validate
+from tests.real_studies import lies_on_its_source
 from tests.stages.command import brainfm
 from tests.synthetic_scans import SyntheticScans, write_scans
 
@@ -157,9 +158,5 @@ def test_real_scans_get_masks_in_their_own_grid(made: SyntheticScans, test_data:
         images = sorted(out.rglob("*_dseg.nii.gz"))
         assert len(images) == expected
         for path in images:
-            reference = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["SpatialReference"]
-            source = nib.load(test_data / name / reference.removeprefix("bids::"))
-            image = nib.load(path)
-            assert image.shape == source.shape
-            assert np.allclose(image.affine, source.affine, atol=1e-3)
+            assert lies_on_its_source(path, test_data / name), path.name
         validate(out)

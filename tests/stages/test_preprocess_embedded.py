@@ -17,12 +17,11 @@ import pytest
 
 from benchmarks.preprocess import recover
 from brainfm_cli.programs.validator import validate
+from tests.bad_input_bench import HEAD_FRAMES, make_head
 from tests.programs import fakes
 from tests.stages.command import brainfm
 
 SPACE = "space-MNI152NLin2009cAsym_res-2"
-FRAMES = 30
-PLANTED = ("raw.t1w_mm=2", "raw.bold_mm=4.5", f"frames={FRAMES}", "raw.deformation_mm=2")
 ANAT = {
     *(f"{place}{name}" for place in ("", f"{SPACE}_") for name in (
         "desc-preproc_T1w.nii.gz", "desc-preproc_T1w.json", "desc-brain_mask.nii.gz", "desc-brain_mask.json", "dseg.nii.gz", "dseg.json",
@@ -57,7 +56,7 @@ def said(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tmp_path_factory.mktemp("simulated") / "raw"
-    assert brainfm("simulate", raw, "--raw", "--participants", 1, *(f"--set={one}" for one in PLANTED)) == 0
+    make_head(raw)
     return raw
 
 
@@ -108,7 +107,7 @@ def test_everything_is_there_under_fmripreps_names(out: tuple[Path, float]) -> N
     quality = json.loads((root / "logs/quality/sub-0001.json").read_text())["sub-0001_task-rest"]
     assert set(quality) == {"tsnr", "brain_ml", "template_correlation", "template_dice"}
     image = nib.load(root / f"{func}_{SPACE}_desc-preproc_bold.nii.gz")
-    assert image.shape == (97, 115, 97, FRAMES)
+    assert image.shape == (97, 115, 97, HEAD_FRAMES)
     assert "@article{nipype," in (root / "logs/sub-0001_CITATION.bib").read_text()
     assert "embedded engine of brainfm" in (root / "logs/sub-0001_CITATION.md").read_text()
     page = (root / "sub-0001.html").read_text()
@@ -135,7 +134,7 @@ def test_nilearn_and_parcellate_read_it(out: tuple[Path, float], tmp_path: Path)
         assert np.isfinite(table.to_numpy()).all()
     assert brainfm("parcellate", out[0], tmp_path / "regions", "participant", "--atlases", "Schaefer100", "--denoise-strategy", "none") == 0
     series = pd.read_csv(next((tmp_path / "regions").rglob("*stat-mean_timeseries.tsv")), sep="\t", na_values="n/a")
-    assert len(series) >= FRAMES - 1
+    assert len(series) >= HEAD_FRAMES - 1
     assert series.notna().all().sum() >= 95
 
 

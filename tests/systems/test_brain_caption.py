@@ -20,14 +20,13 @@ from brainfm_cli.simulation.viewing import draw_stimuli
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_caption.aligned import (
     AlignedCaptioner,
-    BeamChoice,
     CaptionFitSettings,
     CaptionWords,
     QFormerSettings,
     build_captioner,
     sentence_targets,
 )
-from brainfm_cli.systems.brain_caption.decoding import Alteration, alter, list_viewings, scaled_responses, speak
+from brainfm_cli.systems.brain_caption.decoding import Alteration, BeamChoice, alter, list_viewings, scaled_responses, speak
 from brainfm_cli.systems.brain_caption.encoder import PRESETS
 from brainfm_cli.systems.brain_caption.floors import CaptionBank, fit_ridge
 from brainfm_cli.systems.brain_caption.pretraining import PreparedEncoder, evaluate_encoder, fit_scale, prepare

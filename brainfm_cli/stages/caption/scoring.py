@@ -31,7 +31,7 @@ from brainfm_cli.stages.caption.tables import (
     similarity,
 )
 from brainfm_cli.stages.caption.viewing import CaptionSettings, Loaded, load, open_output, read_captions
-from brainfm_cli.systems.brain_caption.decoding import list_viewings, scaled_responses, speak
+from brainfm_cli.systems.brain_caption.decoding import list_viewings, scaled_responses
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
 from brainfm_cli.systems.brain_caption.floors import fit_ridge, picture_vectors
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from brainfm_cli.bids.voxel_cohort import VoxelCohort
     from brainfm_cli.config import Invocation
+    from brainfm_cli.systems.brain_caption.decoding import Alteration
 
 _MODEL = "brain-caption"
 _RIDGE = "ridge to sentence vectors"
@@ -150,12 +151,10 @@ def _floors(loaded: Loaded, said: Mapping[str, Mapping[str, Any]], settings: Cap
         ]
         (trials,) = select_trials(loaded.cohort, loaded.split, [participant], settings.role)
         viewings = list_viewings(trials, "repeats")
-        for altered, key in (("zeroed", "zeroed voxels"), ("shuffled", "shuffled voxels")):
+        alterations: dict[str, Alteration] = {"zeroed voxels": "zeroed", "shuffled voxels": "shuffled"}
+        for key, altered in alterations.items():
             if key in settings.floors:
-                spoken = speak(
-                    loaded.captioner, loaded.cohort, viewings, altered="zeroed" if altered == "zeroed" else "shuffled", seed=settings.seed,
-                    beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size, choice=loaded.choice(settings),
-                )  # fmt: skip
+                spoken = loaded.speak(viewings, settings, altered)
                 made[key].captions[participant] = [(one.viewing.name, one.caption) for one in spoken]
         if "ridge" in settings.floors:
             nearest = loaded.bank.nearest(vectors.ridge(participant, settings.role)[1])

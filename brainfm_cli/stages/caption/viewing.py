@@ -20,17 +20,19 @@ from brainfm_cli.errors import SettingsError
 from brainfm_cli.learning.checkpoints import check_viewer, model_files, read_model_config, source_of_model
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.voxel_samples import PersonTrials, select_trials
-from brainfm_cli.systems.brain_caption.aligned import BeamChoice, CaptionRecord, load_captioner, load_sentences
-from brainfm_cli.systems.brain_caption.decoding import list_viewings, speak
+from brainfm_cli.systems.brain_caption.aligned import CaptionRecord, load_captioner, load_sentences
+from brainfm_cli.systems.brain_caption.decoding import BeamChoice, list_viewings, speak
 from brainfm_cli.systems.brain_caption.encoder import CREDITS
 from brainfm_cli.systems.brain_caption.fitting import read_bank, read_split
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from brainfm_cli.config import Invocation
     from brainfm_cli.learning.image_split import ImageSplit
     from brainfm_cli.models.language import TextEncoder
     from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner
-    from brainfm_cli.systems.brain_caption.decoding import Average, Spoken
+    from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, Spoken, Viewing
     from brainfm_cli.systems.brain_caption.floors import CaptionBank
 
 Role = Literal["test", "validation", "train"]
@@ -89,9 +91,19 @@ class Loaded:
     sentences: TextEncoder
     """The sentence encoder it was aligned with."""
 
-    def choice(self, settings: CaptionSettings) -> BeamChoice | None:
-        """How one of the beams is chosen, where it is not the likeliest."""
-        return BeamChoice(sentences=self.sentences, weight=settings.vector_weight) if settings.vector_weight else None
+    def speak(self, viewings: Sequence[Viewing], settings: CaptionSettings, altered: Alteration = "none") -> list[Spoken]:
+        """Captions of viewings as the settings ask for them; the brain ``altered`` as :func:`speak` has it."""
+        return speak(
+            self.captioner,
+            self.cohort,
+            viewings,
+            altered=altered,
+            seed=settings.seed,
+            beams=settings.beams,
+            max_tokens=settings.max_tokens,
+            batch_size=settings.batch_size,
+            choice=BeamChoice(sentences=self.sentences, weight=settings.vector_weight) if settings.vector_weight else None,
+        )
 
 
 def caption_viewing(call: Invocation, model: Path, settings: CaptionSettings) -> int:
@@ -171,10 +183,7 @@ def open_output(call: Invocation, model: Path, settings: CaptionSettings) -> Out
 
 
 def _said(loaded: Loaded, trials: PersonTrials, settings: CaptionSettings, average: Average) -> list[dict[str, Any]]:
-    spoken = speak(
-        loaded.captioner, loaded.cohort, list_viewings(trials, average),
-        beams=settings.beams, max_tokens=settings.max_tokens, batch_size=settings.batch_size, choice=loaded.choice(settings),
-    )  # fmt: skip
+    spoken = loaded.speak(list_viewings(trials, average), settings)
     nearest = loaded.bank.nearest(loaded.sentences.sentences([one.caption or "." for one in spoken]))
     return [_row(one, near) for one, near in zip(spoken, nearest, strict=True)]
 

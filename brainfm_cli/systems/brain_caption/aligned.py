@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,9 @@ from brainfm_cli.models.q_former import BrainBridge, QFormerShape, same_image_co
 from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, choose_hidden_patches, cut_voxels
 from brainfm_cli.programs.assets import source_of
 from brainfm_cli.systems.brain_caption.encoder import BrainCaption, BrainCaptionSettings
+
+if TYPE_CHECKING:
+    from brainfm_cli.systems.brain_caption.decoding import BeamChoice
 
 Q_FORMERS: dict[str, QFormerShape] = {
     "nano": QFormerShape(num_queries=8, width=64, num_layers=2, num_heads=4),
@@ -188,24 +191,6 @@ class CaptionWords:
             row[places] = self.weights[places]
             self._known[text] = row
         return self._known[text]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeamChoice:
-    """Which of several sentences fits what the brain's vector says: the vector holds more of the picture than the likeliest words do."""
-
-    sentences: TextEncoder
-    """The sentence encoder that brains were contrasted with."""
-    weight: float
-    """Of the cosine beside the mean log-probability of a token."""
-
-    def best(self, said: Generated, brains: Tensor, beams: int) -> Generated:
-        """One of every ``beams`` sentences in a row, for (items, width) unit vectors of brains."""
-        vectors = self.sentences.sentences([text or "." for text in said.texts]).to(brains).unflatten(0, (-1, beams))
-        cosines = (functional.normalize(vectors, dim=2) * brains[:, None]).sum(dim=2)
-        scores = said.log_probability.unflatten(0, (-1, beams)) + self.weight * cosines.to(said.log_probability)
-        places = scores.argmax(dim=1) + beams * torch.arange(len(scores), device=scores.device)
-        return Generated(texts=tuple(said.texts[int(place)] for place in places), log_probability=said.log_probability[places])
 
 
 @dataclass(kw_only=True)

@@ -9,19 +9,40 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from brainfm_cli.learning.voxel_samples import read_rows
+from brainfm_cli.models.causal_language import Generated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brainfm_cli.bids.voxel_cohort import VoxelCohort
     from brainfm_cli.learning.voxel_samples import PersonTrials
+    from brainfm_cli.models.language import TextEncoder
     from brainfm_cli.models.voxel_encoder import VoxelScale
-    from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, BeamChoice
+    from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner
 
 Average = Literal["repeats", "none"]
 Alteration = Literal["none", "zeroed", "shuffled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamChoice:
+    """Which of several sentences fits what the brain's vector says: the vector holds more of the picture than the likeliest words do."""
+
+    sentences: TextEncoder
+    """The sentence encoder that brains were contrasted with."""
+    weight: float
+    """Of the cosine beside the mean log-probability of a token."""
+
+    def best(self, said: Generated, brains: Tensor, beams: int) -> Generated:
+        """One of every ``beams`` sentences in a row, for (items, width) unit vectors of brains."""
+        vectors = self.sentences.sentences([text or "." for text in said.texts]).to(brains).unflatten(0, (-1, beams))
+        cosines = (functional.normalize(vectors, dim=2) * brains[:, None]).sum(dim=2)
+        scores = said.log_probability.unflatten(0, (-1, beams)) + self.weight * cosines.to(said.log_probability)
+        places = scores.argmax(dim=1) + beams * torch.arange(len(scores), device=scores.device)
+        return Generated(texts=tuple(said.texts[int(place)] for place in places), log_probability=said.log_probability[places])
 
 
 @dataclass(frozen=True, kw_only=True)
