@@ -93,6 +93,11 @@ class PackedScan:
         """RAS axis that the slices are stacked along."""
         return NORMAL[self.grid["plane"]]
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Session and grid: scans in which they are equal lie voxel on voxel, and so do their slices."""
+        return (self.session, self.native_shape, np.round(self.native_affine, 3).tobytes())
+
 
 @dataclass(frozen=True, kw_only=True)
 class SliceCohort:

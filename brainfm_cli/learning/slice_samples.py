@@ -40,9 +40,11 @@ class SliceBatch:
     participant: Tensor
     """(batch,) int64 code of the participant."""
     keys: Tensor
-    """(batch,) int64: what random masks and augmentations depend on; another in every epoch of training."""
+    """(items,) int64: what random masks and augmentations depend on; another in every epoch of training."""
     masks: Tensor | None = None
-    """(batch, *pixels) uint8 lesion labels; none where they are not asked for."""
+    """(items, *pixels) uint8 lesion labels; none where they are not asked for."""
+    item: Tensor | None = None
+    """(batch,) int64, ascending: of which item each slice is a sequence; none where every slice is an item."""
     repeated: int = 0
     """Items at the end that another rank has as well."""
 
@@ -55,8 +57,9 @@ class SliceBatch:
         """The same on a device."""
         names = ("images", "sequence", "plane", "z_mm", "participant", "keys")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        return SliceBatch(**moved, masks=masks, repeated=self.repeated)
+        further = {name: getattr(self, name) for name in ("masks", "item")}
+        moved |= {name: value.to(device, non_blocking=True) for name, value in further.items() if value is not None}
+        return SliceBatch(**moved, repeated=self.repeated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,10 @@ class SliceBatches:
     """Slices per epoch, drawn anew in each; all where unset."""
     masks: bool = False
     """Whether batches carry lesion labels."""
+    together: Mapping[int, NDArray[np.int64]] | None = None
+    """For each row the slices that show the same place in other sequences, itself among them: they are read as one item. None: each by itself."""
+    hidden: float = 0.0
+    """Share of training items with several sequences of which some are hidden, one up to all but one."""
 
     @cached_property
     def num_batches(self) -> int:
@@ -158,18 +165,31 @@ class SliceBatches:
         return [(members[places], repeated) for members, (places, repeated) in zip(batches, shares, strict=True)]
 
     def batch(self, rows: NDArray[np.int64], epoch: int | None, repeated: int = 0) -> SliceBatch:
-        """The slices at these places of the index."""
-        codes = self._codes
+        """The slices at these places of the index, with those that are read together with them."""
+        codes, read, item = self._codes, rows, None
+        if self.together is not None:
+            members = [self._shown(int(row), epoch) for row in rows]
+            read, item = np.concatenate(members), torch.from_numpy(np.repeat(np.arange(len(rows)), [len(one) for one in members]))
         return SliceBatch(
-            images=torch.from_numpy(self.cohort.items(rows)),
-            sequence=torch.from_numpy(codes["sequence"][rows]),
-            plane=torch.from_numpy(codes["plane"][rows]),
-            z_mm=torch.from_numpy(self._heights[rows]),
-            participant=torch.from_numpy(codes["participant"][rows]),
+            images=torch.from_numpy(self.cohort.items(read)),
+            sequence=torch.from_numpy(codes["sequence"][read]),
+            plane=torch.from_numpy(codes["plane"][read]),
+            z_mm=torch.from_numpy(self._heights[read]),
+            participant=torch.from_numpy(codes["participant"][read]),
             keys=torch.tensor([_key(self.seed, int(row), epoch) for row in rows], dtype=torch.int64),
             masks=torch.from_numpy(self.cohort.masks(rows)) if self.masks else None,
+            item=item,
             repeated=repeated,
         )
+
+    def _shown(self, row: int, epoch: int | None) -> NDArray[np.int64]:
+        """The sequences of an item that are read, drawn anew in every epoch of training."""
+        assert self.together is not None  # noqa: S101  (the caller looked)
+        mine = self.together[row]
+        draw = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
+        if draw is None or len(mine) < 2 or draw.random() >= self.hidden:
+            return mine
+        return np.sort(draw.choice(mine, int(draw.integers(1, len(mine))), replace=False))
 
     @cached_property
     def _heights(self) -> NDArray[np.float32]:
@@ -209,7 +229,17 @@ class _Batches(Dataset[SliceBatch]):
         return self._source.batch(rows, self._epoch, repeated)
 
 
-def all_slices(cohort: SliceCohort) -> SliceBatches:
+def all_slices(cohort: SliceCohort, together: Mapping[int, NDArray[np.int64]] | None = None) -> SliceBatches:
     """Batches of whichever slices :meth:`SliceBatches.batch` is asked for, without epochs."""
     nothing = np.array([], np.int64)
-    return SliceBatches(cohort=cohort, rows=nothing, validation_rows=nothing, batch_size=1, seed=0)
+    return SliceBatches(cohort=cohort, rows=nothing, validation_rows=nothing, batch_size=1, seed=0, together=together)
+
+
+def rows_together(cohort: SliceCohort, rows: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+    """The given slices by the place that they show: those with the same number in scans of one session on one grid, under the first of them."""
+    table = cohort.slices.iloc[rows]
+    place = {(label, scan.name): scan.place for label in map(str, table["participant"].unique()) for scan in cohort.scans(label)}
+    found: dict[tuple[object, ...], list[int]] = {}
+    for row, label, scan, number in zip(rows.tolist(), table["participant"], table["scan"], table["slice"], strict=True):
+        found.setdefault((label, place[label, scan], number), []).append(row)
+    return {members[0]: np.array(members, np.int64) for members in found.values()}

@@ -52,7 +52,7 @@ class DrawnLesions:
                     return joined_labels(study.masks, read_volume(one.path, gradients=one.gradients))[0]
         raise InputNotFoundError(f"the scan {scan} is no longer there", where=self.raw, fix="give the dataset that was packed")
 
-    def grids(self, scans: Sequence[PackedScan], chances_of: Callable[[PackedScan], NDArray[np.float32]]) -> list[NativeChances]:
+    def grids(self, scans: Sequence[PackedScan], chances_of: Callable[[Sequence[PackedScan]], NDArray[np.float32]]) -> list[NativeChances]:
         """Probabilities on every native grid of these scans."""
         return native_chances(scans, chances_of)
 

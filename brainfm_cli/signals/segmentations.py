@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NativeChances:
-    """Probabilities on one native grid, averaged over the scans that share it."""
+    """Probabilities on one native grid, of all scans that share it."""
 
     reference: PackedScan
     """The first of these scans."""
@@ -56,27 +56,21 @@ class NativeChances:
         return Volume(data=np.zeros(shape, np.float32), affine=affine, native_shape=self.reference.native_shape, native_affine=affine)
 
 
-def native_chances(scans: Sequence[PackedScan], chances_of: Callable[[PackedScan], NDArray[np.float32]]) -> list[NativeChances]:
-    """Probabilities on every native grid of a study; ``chances_of`` gives (1 + classes, items, *pixels) of a scan."""
+def native_chances(scans: Sequence[PackedScan], chances_of: Callable[[Sequence[PackedScan]], NDArray[np.float32]]) -> list[NativeChances]:
+    """Probabilities on every native grid of a study; ``chances_of`` gives (1 + classes, items, *pixels) of the scans on one grid."""
     groups: dict[tuple[Any, ...], list[PackedScan]] = {}
     for scan in scans:
-        groups.setdefault((scan.session, scan.native_shape, np.round(scan.native_affine, 3).tobytes()), []).append(scan)
+        groups.setdefault(scan.place, []).append(scan)
     found = []
     for members in groups.values():
-        total: NDArray[np.float32] | None = None
-        for scan in members:
-            grid = SliceGrid(**{**scan.grid, "shape": tuple(scan.grid["shape"]), "voxel_mm": tuple(scan.grid["voxel_mm"])})
-            placed = np.stack([grid.restore(one) for one in chances_of(scan)])
-            total = placed if total is None else total + placed
-        assert total is not None  # noqa: S101  (a group has a scan)
+        given = members[0].grid
+        grid = SliceGrid(**{**given, "shape": tuple(given["shape"]), "voxel_mm": tuple(given["voxel_mm"])})
+        chances = np.stack([grid.restore(one) for one in chances_of(members)]).astype(np.float32)
         # outside the padded square of a slice grid nothing is known: no lesion
-        total[0] += np.clip(len(members) - total.sum(axis=0), 0, None)
+        chances[0] += np.clip(1 - chances.sum(axis=0), 0, None)
         found.append(
             NativeChances(
-                reference=members[0],
-                scans=tuple(scan.name for scan in members),
-                chances=(total / len(members)).astype(np.float32),
-                voxel_mm=tuple(members[0].grid["voxel_mm"]),
+                reference=members[0], scans=tuple(scan.name for scan in members), chances=chances, voxel_mm=tuple(given["voxel_mm"])
             )
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -72,6 +73,32 @@ def test_lesions_are_found_on_their_side_in_the_grid_of_the_file(made: Synthetic
     table = pd.read_csv(root / "lesions" / "phenotype" / "brainfm_lesion.tsv", sep="\t")
     assert len(table) == len(tests)
     validate(root / "lesions")
+
+
+def test_lesions_from_two_sequences_at_once_and_from_the_one_that_is_there(made: SyntheticScans) -> None:
+    root = made.root.parent
+    both = ("slices.sequences=[T1w, FLAIR]", "segmentation.together=true")
+    fit = [one for one in FIT if one not in PACK]
+    assert tune(made, "both", "--set", "task=segmentation", "random_encoder=false", *fit, *both) == 0
+    validate(root / "both")
+    model = only(root / "both" / "models")
+    scores = pd.DataFrame(json.loads((model / "evaluation.json").read_text())).set_index(["method", "score"])
+    assert scores.loc[("model", "dice"), "value"] > 0.6
+    assert "2 at " in (model / "report.html").read_text()
+    tests = pd.read_csv(model / "split.tsv", sep="\t", dtype=str).query("role == 'test'")["participant_id"].tolist()[:2]
+    fewer = root / "fewer"
+    shutil.copytree(made.root, fewer)
+    (fewer / f"sub-{tests[1]}" / "anat" / f"sub-{tests[1]}_T1w.nii.gz").unlink()
+    one = ("predict", fewer, root / "together", "participant", "--model", model, "--device", "cpu", "--participant-label", *tests)
+    assert brainfm(*one) == 0
+    for label, names in zip(tests, (["FLAIR", "T1w"], ["FLAIR"]), strict=True):
+        values = json.loads((root / "together" / f"sub-{label}" / f"sub-{label}_desc-brainfm_prediction.json").read_text())
+        assert values["sequences"] == names
+        (found,) = values["segmentations"]
+        assert found["scans"] == [f"sub-{label}_{name}" for name in names]
+        truth = nib.load(made.root / "derivatives" / "lesions" / f"sub-{label}" / "anat" / f"sub-{label}_label-L_mask.nii.gz")
+        predicted, observed = np.asarray(nib.load(root / "together" / found["image"]).dataobj) > 0, np.asarray(truth.dataobj) > 0
+        assert 2 * (predicted & observed).sum() / (predicted.sum() + observed.sum()) > 0.5
 
 
 def test_classes_are_learnt_and_said_with_their_slices(made: SyntheticScans) -> None:

@@ -67,7 +67,7 @@ def test_the_map_lies_on_planted_lesions_and_passes_the_randomisation_check(tmp_
         assert np.mean(agreement) < 0.7
     scan = cohort.scans(people.role("test")[0])[0]
     rows, values = study_cam(encoder, fitted.head, task, cohort, people.role("test")[0], nothing, method="hirescam")
-    np.testing.assert_allclose(cam_chances(cohort, rows, values)(scan)[1], values)
+    np.testing.assert_allclose(cam_chances(cohort, rows, values)([scan])[1], values)
 
 
 @pytest.mark.parametrize("backbone", ["hybrid", "convnext", "transformer"])

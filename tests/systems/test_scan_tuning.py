@@ -159,7 +159,7 @@ def test_sides_are_told_apart_and_lesions_found_on_a_frozen_encoder(tmp_path: Pa
     from brainfm_cli.systems.mri_language.segmentation import lesion_chances
 
     for label in test:
-        chances = lesion_chances(segmenter, cohort, label, f"sub-{label}_T1w")
+        chances = lesion_chances(segmenter, cohort, label, cohort.scans(label))
         assert np.allclose(chances.sum(0), 1, atol=1e-5)
         predicted = chances.argmax(0) > 0
         common += 2 * (predicted & (masks[label] > 0)).sum()

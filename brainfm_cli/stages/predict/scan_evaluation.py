@@ -221,7 +221,7 @@ def _lesions(
 ) -> list[dict[str, Any]]:  # fmt: skip
     scans, values = settings.scans, tuple(cohort.labels)
     shared: dict[str, Any] = {"values": values, "augment": scans.augment, "batch_size": scans.schedule.batch_size, "execution": execution,
-                              "tune": scans.tune, "adaptation": scans.adaptation}  # fmt: skip
+                              "tune": scans.tune, "adaptation": scans.adaptation, "sequences": scans.segmentation}  # fmt: skip
     encoders = {"model": system.model.encoder}
     if scans.floors.random_encoder:
         encoders[TWIN_DECODER] = random_twin(system, seed=seed).model.encoder

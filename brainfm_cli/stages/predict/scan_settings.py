@@ -15,6 +15,7 @@ from brainfm_cli.signals.slice_packing import SliceSettings
 from brainfm_cli.systems.mri_language.adaptation import AdaptationSettings, Tune
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings
 from brainfm_cli.systems.mri_language.comparison import ScanFloors
+from brainfm_cli.systems.mri_language.segmentation import SequenceSettings
 
 
 class ScanTask(Frozen):
@@ -59,6 +60,8 @@ class ScanEvaluationSettings(Frozen):
     """How scans become slices; the size is the model's."""
     validation_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of a fold's training people who choose the epoch and the penalties."""
+    segmentation: SequenceSettings = SequenceSettings()
+    """For segmentation: whether the sequences of a study are read together."""
     augment: AugmentSettings = AugmentSettings()
     """For segmentation: how training slices are varied."""
     tolerance_mm: float = Field(default=2.0, gt=0)

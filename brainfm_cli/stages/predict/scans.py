@@ -19,7 +19,7 @@ from brainfm_cli.bids.inputs import choose_participants
 from brainfm_cli.bids.names import output_name
 from brainfm_cli.bids.people import find_participants_table
 from brainfm_cli.bids.scans import study_files
-from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort
+from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.documents import read_json
 from brainfm_cli.errors import InputDatasetError, InputNotFoundError, UnsupportedStageError
@@ -128,7 +128,7 @@ def _load(model: Path, device: str) -> _Tuned:
     encoder = load_adapted(system.model.encoder, model, record.tune, record.adaptation)
     head, segmenter = None, None
     if record.task == "segmentation":
-        segmenter = load_segmenter(encoder, model, tuple(record.labels))
+        segmenter = load_segmenter(encoder, model, tuple(record.labels), together=record.together)
     else:
         features = _FEATURES * system.settings.shape.widths[2]
         head = load_head(model, record.task_of_studies, features, len(record.clinical.names))
@@ -268,7 +268,7 @@ def _lesions(tuned: _Tuned, cohort: SliceCohort, label: str, root: Path) -> tupl
     assert tuned.segmenter is not None  # noqa: S101  (the caller asked for it)
     files: list[Path] = []
     found: list[dict[str, Any]] = []
-    for grid in native_chances(cohort.scans(label), partial(_chances, tuned.segmenter, cohort, label)):
+    for grid in native_chances(cohort.scans(label), partial(lesion_chances, tuned.segmenter, cohort, label)):
         labels = to_labels(grid.chances, tuned.segmenter.values, smallest=tuned.record.smallest_lesion)
         image = grid.save(labels, beside_scan(root, label, grid.reference, "lesions"))
         stem = image.with_name(image.name.partition(".")[0])
@@ -278,10 +278,6 @@ def _lesions(tuned: _Tuned, cohort: SliceCohort, label: str, root: Path) -> tupl
         volumes = {name: round(grid.millilitres(labels, value), 4) for value, name in tuned.record.labels.items()}
         found.append({"image": image.relative_to(root).as_posix(), "scans": list(grid.scans), "volumes_ml": volumes, "volume_ml": round(grid.millilitres(labels), 4)})  # fmt: skip
     return {"value": max(one["volume_ml"] for one in found), "segmentations": found}, files
-
-
-def _chances(segmenter: ScanSegmenter, cohort: SliceCohort, label: str, scan: PackedScan) -> NDArray[Any]:
-    return lesion_chances(segmenter, cohort, label, scan.name)
 
 
 def write_table(root: Path, files: tuple[Path, ...], record: ScanTuningRecord) -> UnitResult:

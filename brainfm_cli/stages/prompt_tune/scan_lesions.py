@@ -18,7 +18,7 @@ from brainfm_cli.systems.mri_language.lesion_scores import (
     masked_people,
     mean_chances,
 )
-from brainfm_cli.systems.mri_language.segmentation import DECODER_FILE
+from brainfm_cli.systems.mri_language.segmentation import DECODER_FILE, told_sequences
 from brainfm_cli.systems.mri_language.tuning import random_twin
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def tune_lesions(call: TuningCall) -> tuple[TuningPeople, Outcome]:
     values, plan = tuple(cohort.labels), settings.schedule.plan(settings.seed)
     shared: dict[str, Any] = {
         "values": values, "augment": settings.augment, "batch_size": settings.schedule.batch_size, "execution": call.execution,
-        "tune": settings.tune, "adaptation": settings.adaptation,
+        "tune": settings.tune, "adaptation": settings.adaptation, "sequences": settings.segmentation,
     }  # fmt: skip
     truth = DrawnLesions(raw=call.raw, mask_roots=call.mask_roots, slices=settings.slices, tolerance_mm=settings.tolerance_mm)
     checkpoints = call.folder / "checkpoints"
@@ -50,10 +50,10 @@ def tune_lesions(call: TuningCall) -> tuple[TuningPeople, Outcome]:
     if settings.tune != "linear":
         files.append(write_tensors(call.folder / ADAPTED_FILE, adapted_tensors(segmenter.model.encoder, settings.tune)))
     return split, Outcome(
-        record=call.record(split, target=_TARGET, labels=cohort.labels, smallest_lesion=own[1]),
+        record=call.record(split, target=_TARGET, labels=cohort.labels, together=settings.segmentation.together, smallest_lesion=own[1]),
         scores=lesion_scores(rows, seed=settings.seed),
         people_scores=rows,
         result=result,
         files=files,
-        notes=(_NOTE,),
+        notes=(_NOTE, *((told_sequences(cohort, split.role("train")),) if settings.segmentation.together else ())),
     )

@@ -18,6 +18,7 @@ from brainfm_cli.learning.tuned import read_seen
 from brainfm_cli.signals.slice_packing import SliceSettings
 from brainfm_cli.systems.mri_language.adaptation import AdaptationSettings, Tune
 from brainfm_cli.systems.mri_language.augmentation import AugmentSettings
+from brainfm_cli.systems.mri_language.segmentation import SequenceSettings
 from brainfm_cli.systems.mri_language.tuning import ScanTuningRecord, encoder_hash
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class TuneScansSettings(Settings):
     """Whether a linear model of intensities, head volume and asymmetry is one of the floors; not for segmentation."""
     network: bool = False
     """Whether a plain convolutional network, trained from scratch on the same people, is one of the floors; not for segmentation. Slow."""
+    segmentation: SequenceSettings = SequenceSettings()
+    """For segmentation: whether the sequences of a study are read together."""
     augment: AugmentSettings = AugmentSettings()
     """For segmentation: how training slices are varied."""
     tolerance_mm: float = Field(default=2.0, gt=0)

@@ -53,13 +53,20 @@ class View:
     """(batch, *pixels) bool: inside the head."""
 
 
-def make_view(images: Tensor, plane: Tensor, keys: Tensor, settings: AugmentSettings, *, view: int, sagittal: int = 2) -> View:
-    """A view of (batch, *pixels) uint8 slices; ``view`` numbers it, ``plane`` (batch,) says where left and right are."""
+def make_view(
+    images: Tensor, plane: Tensor, keys: Tensor, settings: AugmentSettings, *, view: int, light: Tensor | None = None, sagittal: int = 2
+) -> View:
+    """A view of (batch, *pixels) uint8 slices; ``view`` numbers it, ``plane`` (batch,) says where left and right are.
+
+    ``light`` (batch,) are keys of what changes intensities, where slices that must lie alike are not to be seen alike; unset they are ``keys``.
+    """
     flipped = (hashed_uniform(keys, (1,), stream=_FLIP)[:, 0] < settings.flip) & (plane != sagittal)
     moved = _move(images.float() / 255, flipped, hashed_uniform(keys, (2,), stream=_PLACE + view), settings)
     brain = moved > 0.5 / 255
     clean = torch.where(brain, moved, 0.0)
-    return View(clean=clean, seen=torch.where(brain, _light(clean, brain, keys, settings, view), 0.0), brain=brain)
+    return View(
+        clean=clean, seen=torch.where(brain, _light(clean, brain, keys if light is None else light, settings, view), 0.0), brain=brain
+    )
 
 
 def plain_view(images: Tensor) -> View:

@@ -23,7 +23,7 @@ from brainfm_cli.systems.mri_language.encoder import context_of
 from brainfm_cli.systems.mri_language.outcomes import StudyTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 CamMethod = Literal["gradcam", "hirescam"]
 _BATCH = 16
@@ -97,15 +97,18 @@ def _asked(scores: Tensor, decided: int) -> Tensor:
     return scores[decided] - others.mean()
 
 
-def cam_chances(cohort: SliceCohort, rows: NDArray[np.int64], values: NDArray[np.float32]) -> Callable[[PackedScan], NDArray[np.float32]]:
-    """The values as :func:`brainfm_cli.signals.segmentations.native_chances` wants them: (2, items, *pixels) of a scan, the second is the map."""
+def cam_chances(
+    cohort: SliceCohort, rows: NDArray[np.int64], values: NDArray[np.float32]
+) -> Callable[[Sequence[PackedScan]], NDArray[np.float32]]:
+    """The values as :func:`brainfm_cli.signals.segmentations.native_chances` wants them: (2, items, *pixels), the second is the scans' mean map."""
     table = cohort.slices
 
-    def of_scan(scan: PackedScan) -> NDArray[np.float32]:
-        mine = np.flatnonzero((table["scan"].to_numpy().astype(str) == scan.name)[rows])
-        out = np.zeros((2, cohort.num_items(scan), *cohort.item_shape), np.float32)
-        out[1, table["slice"].to_numpy()[rows[mine]]] = values[mine]
+    def of_scans(scans: Sequence[PackedScan]) -> NDArray[np.float32]:
+        out = np.zeros((2, cohort.num_items(scans[0]), *cohort.item_shape), np.float32)
+        for scan in scans:
+            mine = np.flatnonzero((table["scan"].to_numpy().astype(str) == scan.name)[rows])
+            out[1, table["slice"].to_numpy()[rows[mine]]] += values[mine] / len(scans)
         out[0] = 1 - out[1]
         return out
 
-    return of_scan
+    return of_scans

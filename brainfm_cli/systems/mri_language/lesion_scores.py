@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from brainfm_cli.models.mri_encoder import MriEncoder
 
 Grid = TypeVar("Grid", bound="NativeGrid")
-Chances = Callable[[str, PackedScan], NDArray[np.float32]]
+Chances = Callable[[str, Sequence[PackedScan]], NDArray[np.float32]]
 SCORES = ("dice", "hd95", "nsd", "lesion_f1", "volume error (mL)")
 MEAN_MASK, TWIN_DECODER = "mean mask", "no pretraining, same decoder"
 
@@ -53,7 +53,7 @@ class NativeTruth(Protocol[Grid]):
     def labels(self, label: str, scan: str) -> NDArray[np.uint8] | None:
         """(x, y, z) labels drawn on a scan; none where there is no mask."""
 
-    def grids(self, scans: Sequence[PackedScan], chances_of: Callable[[PackedScan], NDArray[np.float32]]) -> list[Grid]:
+    def grids(self, scans: Sequence[PackedScan], chances_of: Callable[[Sequence[PackedScan]], NDArray[np.float32]]) -> list[Grid]:
         """Probabilities on every native grid."""
 
     def decide(self, grid: Grid, values: Sequence[int], *, smallest: int) -> NDArray[np.uint8]:
@@ -78,17 +78,16 @@ def masked_people(cohort: SliceCohort, chosen: Sequence[str]) -> dict[str, str]:
 
 
 def chances_of(segmenter: ScanSegmenter, cohort: SliceCohort) -> Chances:
-    """A segmenter as a function of person and scan."""
-    return lambda label, scan: lesion_chances(segmenter, cohort, label, scan.name)
+    """A segmenter as a function of person and of scans on one grid."""
+    return lambda label, scans: lesion_chances(segmenter, cohort, label, scans)
 
 
 def mean_chances(cohort: SliceCohort, people: Sequence[str], values: Sequence[int]) -> Chances:
-    """The mean mask of these people as a function of person and scan."""
+    """The mean mask of these people as a function of person and of scans on one grid: the mean over the scans, as heights differ a little."""
     mean: MeanMask = fit_mean_mask(cohort, people, values)
-    classes = len(values) + 1
+    classes, table = len(values) + 1, cohort.slices
 
-    def chances(label: str, scan: PackedScan) -> NDArray[np.float32]:
-        table = cohort.slices
+    def of_scan(label: str, scan: PackedScan) -> NDArray[np.float32]:
         rows = np.flatnonzero(((table["participant"] == label) & (table["scan"] == scan.name)).to_numpy())
         out = np.zeros((classes, cohort.num_items(scan), *cohort.item_shape), np.float32)
         out[0] = 1
@@ -96,6 +95,9 @@ def mean_chances(cohort: SliceCohort, people: Sequence[str], values: Sequence[in
             scan.grid["plane"], table["z_mm"].to_numpy()[rows], classes, cohort.item_shape
         )
         return out
+
+    def chances(label: str, scans: Sequence[PackedScan]) -> NDArray[np.float32]:
+        return np.mean([of_scan(label, scan) for scan in scans], axis=0, dtype=np.float32)
 
     return chances
 

@@ -41,7 +41,14 @@ from brainfm_cli.systems.mri_language.classification import (
 )
 from brainfm_cli.systems.mri_language.encoder import MriLanguage
 from brainfm_cli.systems.mri_language.outcomes import LinearAnswer, StudyTask, balanced_weights, fit_linear_answer
-from brainfm_cli.systems.mri_language.segmentation import ScanSegmenter, balanced_rows, masked_rows, new_segmenter
+from brainfm_cli.systems.mri_language.segmentation import (
+    ScanSegmenter,
+    SequenceSettings,
+    balanced_rows,
+    items_of,
+    masked_rows,
+    new_segmenter,
+)
 
 if TYPE_CHECKING:
     from brainfm_cli.config import Execution
@@ -87,6 +94,8 @@ class ScanTuningRecord(Frozen):
     """How clinical variables become numbers."""
     labels: dict[int, str] = {}
     """Lesion labels by value."""
+    together: bool = False
+    """Of segmentation: whether the sequences that show a place are read as one."""
     smallest_lesion: int = 0
     """Predicted lesions below so many voxels are dropped, chosen on validation people."""
     sequences: tuple[str, ...] = ()
@@ -275,18 +284,25 @@ def fit_segmenter(
     folder: Path,
     tune: Tune = "linear",
     adaptation: AdaptationSettings | None = None,
+    sequences: SequenceSettings | None = None,
 ) -> tuple[ScanSegmenter, TrainingResult]:
     """Fit the decoder on slices with and without lesions, and what ``tune`` says of a copy of the encoder; goes on from ``folder`` where it was killed."""
-    adaptation = adaptation or AdaptationSettings()
-    rows = balanced_rows(cohort, masked_rows(cohort, people.role("train")), seed=plan.seed)
-    held_out = balanced_rows(cohort, masked_rows(cohort, people.role("validation")), seed=plan.seed)
-    source = SliceBatches(
-        cohort=cohort, rows=rows, validation_rows=held_out, batch_size=min(batch_size, max(2, len(rows))), seed=plan.seed, masks=True
+    adaptation, sequences = adaptation or AdaptationSettings(), sequences or SequenceSettings()
+    masked = np.concatenate([masked_rows(cohort, people.role(name)) for name in ("train", "validation")])
+    items, together = items_of(cohort, masked, together=sequences.together)
+    rows, held_out = (
+        balanced_rows(cohort, np.intersect1d(items, masked_rows(cohort, people.role(name))), seed=plan.seed)
+        for name in ("train", "validation")
     )
+    source = SliceBatches(
+        cohort=cohort, rows=rows, validation_rows=held_out, batch_size=min(batch_size, max(2, len(rows))), seed=plan.seed, masks=True,
+        together=together, hidden=sequences.hidden,
+    )  # fmt: skip
     copied = encoder if tune == "linear" else adapt_encoder(encoder, tune, adaptation, seed=plan.seed)
     segmenter = new_segmenter(
-        copied, values, augment, seed=plan.seed, adapted=tune != "linear", share=adaptation.rate if tune == "full" else 1.0
-    )
+        copied, values, augment, seed=plan.seed, together=sequences.together, adapted=tune != "linear",
+        share=adaptation.rate if tune == "full" else 1.0,
+    )  # fmt: skip
     result = train(segmenter, source, plan, execution, folder)
     segmenter.model.load_state_dict(result.weights)
     segmenter.model.cpu().eval()
