@@ -4,6 +4,11 @@ tuned are weighed on inner validation people, then everything is refitted on all
 No set of blocks is simply chosen: on a few hundred people the held-out winner is often luck. Each set and penalty
 is weighted by its held-out likelihood (pseudo-BMA; Geisser and Eddy 1979, Yao et al. 2018); an average of linear
 heads is one linear head. Everything runs on Gram matrices, so that 80,000 edges cost no more than 100. No torch.
+
+A block may be *told*: one number per person whose direction is known before any label is seen, such as what a text
+says of the target. With ten people its sign and its worth would be learnt from noise; so it also enters as it is, its
+agreement with the target being taken for known from some number of people before, whose sums are added to those observed
+(a conjugate prior).
 """
 
 from __future__ import annotations
@@ -69,13 +74,23 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told:
+    """What is believed of a told block before labels are seen."""
+
+    correlation: float
+    """With the target, within a sample in which every class weighs the same."""
+    people: float
+    """How many labelled people this belief is worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One head of the average."""
 
     blocks: tuple[str, ...]
     """Blocks that it reads, each scaled to the same average size."""
-    penalty: float
-    """Ridge penalty."""
+    penalty: float | None
+    """Ridge penalty; None for a told block taken as it is."""
     weight: float
     """Share in the average; shares add up to 1."""
     scale: float
@@ -133,7 +148,14 @@ class FittedHead:
         return probabilities_of(scores, self.slope, self.shift) if self.num_classes else scores
 
 
-def choose(shared: Blocks, candidates: Sequence[Sequence[Blocks]], outcome: Outcome, folds: Folds) -> Choice:
+def choose(
+    shared: Blocks,
+    candidates: Sequence[Sequence[Blocks]],
+    outcome: Outcome,
+    folds: Folds,
+    *,
+    told: Mapping[str, Told] | None = None,
+) -> Choice:
     """The weights of all sets of blocks and penalties, and the candidate, by how well they predict inner validation people.
 
     Parameters
@@ -145,12 +167,20 @@ def choose(shared: Blocks, candidates: Sequence[Sequence[Blocks]], outcome: Outc
         validation people, for ``step`` units of time. Empty where nothing is tuned.
     folds
         (training, validation) positions; validation parts are disjoint.
+    told
+        What is believed of those of ``shared`` that are told, one feature each, larger where the target is.
     """
     tables = _held_out_tables(shared, candidates, outcome, folds)
+    beliefs: dict[tuple[str, ...], Told] = {}
+    for name, belief in (told or {}).items():
+        beliefs[name,] = belief
+        tables[0, (name,)] = _as_it_is(shared[name], outcome, folds)
     tuned = set(candidates[0][0]) if candidates else set()
     people = sum(len(part) for _, part in folds)
     fits = {
-        (step, mix, row): _agreement(scores, outcome, folds) for (step, mix), table in tables.items() for row, scores in enumerate(table)
+        (step, mix, row): _agreement(scores, outcome, folds, beliefs.get(mix))
+        for (step, mix), table in tables.items()
+        for row, scores in enumerate(table)
     }
     best: dict[int, float] = {}
     for (step, mix, _), (correlation, _) in fits.items():
@@ -159,21 +189,25 @@ def choose(shared: Blocks, candidates: Sequence[Sequence[Blocks]], outcome: Outc
     step = max(best, key=lambda place: best[place])
     # What does not read tuned blocks was computed at step 0 and holds at every step.
     eligible = {key: fit for key, fit in fits.items() if key[0] == step or not set(key[1]) & tuned}
-    evidence = {key: -0.5 * people * np.log1p(-(min(max(r, 0.0), 0.999999) ** 2)) for key, (r, _) in eligible.items()}
+    worth = {mix: people + belief.people for mix, belief in beliefs.items()}
+    evidence = {key: -0.5 * worth.get(key[1], people) * np.log1p(-(min(max(r, 0.0), 0.999999) ** 2)) for key, (r, _) in eligible.items()}
+    # Before labels are seen, one told head weighs as much as all that are learnt: among hundreds, some fit ten people by luck.
+    learnt = sum(key[1] not in beliefs for key in evidence)
+    evidence |= {key: value + np.log(max(learnt, 1)) for key, value in evidence.items() if key[1] in beliefs and eligible[key][0] > 0}
     highest = max(evidence.values())
     weights = {key: float(np.exp(value - highest)) for key, value in evidence.items()}
-    total = sum(weights.values())
     kept = {key: weight for key, weight in weights.items() if weight >= SMALLEST_WEIGHT * max(weights.values())}
     total = sum(kept.values())
     components = tuple(
-        Component(blocks=mix, penalty=PENALTIES[row], weight=weight / total, scale=eligible[step_, mix, row][1])
+        Component(blocks=mix, penalty=None if mix in beliefs else PENALTIES[row], weight=weight / total, scale=eligible[step_, mix, row][1])
         for (step_, mix, row), weight in kept.items()
     )
     base = _base(outcome, folds)
     average = base + sum(weight / total * eligible[key][1] * (tables[key[0], key[1]][key[2]] - base) for key, weight in kept.items())
     by_mix: dict[str, float] = {}
-    for (_, mix, _), (correlation, _) in eligible.items():
-        by_mix["+".join(mix)] = max(by_mix.get("+".join(mix), -1.0), correlation)
+    for key, (correlation, _) in eligible.items():
+        observed = _agreement(tables[key[0], key[1]][key[2]], outcome, folds)[0] if key[1] in beliefs else correlation
+        by_mix["+".join(key[1])] = max(by_mix.get("+".join(key[1]), -1.0), observed)
     return Choice(
         step=step,
         components=components,
@@ -197,6 +231,10 @@ def fit(blocks: Blocks, outcome: Outcome, choice: Choice) -> FittedHead:
     linear = {name: np.zeros((blocks[name].shape[1], targets.shape[1])) for name in names}
     bias = np.zeros(targets.shape[1])
     for component in choice.components:
+        if component.penalty is None:
+            (name,) = component.blocks
+            linear[name] += component.weight * component.scale / np.sqrt(size[name])
+            continue
         kernel = sum(kernels[name] for name in component.blocks) / len(component.blocks)
         system = root * kernel * root.T + component.penalty * np.eye(len(kernel))
         dual = component.weight * component.scale * root * np.linalg.solve(system, root * (targets - mean))
@@ -239,6 +277,20 @@ def _held_out_tables(
                 inside, outside = (np.mean([pair[side] for pair in pairs], axis=0) for side in (0, 1))
                 tables.setdefault((step, mix), np.full(shape, np.nan))[:, validation] = _ridge_path(inside, outside, part)
     return tables
+
+
+def _as_it_is(block: NDArray[np.float32], outcome: Outcome, folds: Folds) -> Matrix:
+    """(1, people, outputs) held-out scores of a told block: its deviation from the training people's mean in units of their spread."""
+    values, scores = block.astype(np.float64), np.full((1, *outcome.targets().shape), np.nan)
+    if values.shape[1] != 1 or scores.shape[2] != 1:
+        raise ValueError("a told block has one feature, and tells of a target with one output")
+    base = _base(outcome, folds)
+    for training, validation in folds:
+        weights = outcome.take(training).weights()
+        centre = (weights / weights.sum()) @ values[training]
+        spread = np.sqrt(_size(np.square(values[training] - centre).sum(1)))
+        scores[0, validation] = base[validation] + (values[validation] - centre) / spread
+    return scores
 
 
 def _base(outcome: Outcome, folds: Folds) -> Matrix:
@@ -287,10 +339,11 @@ def _ridge_path(inside: Matrix, outside: Matrix, outcome: Outcome) -> Matrix:
     return np.stack([basis @ (projected / (np.clip(values, 0, None) + penalty)[:, None]) + mean for penalty in PENALTIES])
 
 
-def _agreement(scores: Matrix, outcome: Outcome, folds: Folds) -> tuple[float, float]:
+def _agreement(scores: Matrix, outcome: Outcome, folds: Folds, belief: Told | None = None) -> tuple[float, float]:
     """Held-out correlation with the target, and the slope of target on score (never below 0), both within folds.
 
-    Within folds, because between folds the intercepts differ, always against the labels.
+    Within folds, because between folds the intercepts differ, always against the labels. The people of a ``belief`` count as
+    people of the same spreads in whom the correlation was as believed.
     """
     weights, targets = outcome.weights(), outcome.targets()
     product = score_square = target_square = 0.0
@@ -302,6 +355,10 @@ def _agreement(scores: Matrix, outcome: Outcome, folds: Folds) -> tuple[float, f
         target_square += float((weights[part, None] * target**2).sum())
     if score_square <= 0 or target_square <= 0:
         return 0.0, 0.0
+    if belief is not None:
+        ratio = belief.people / sum(len(part) for _, part in folds)
+        product += ratio * belief.correlation * np.sqrt(score_square * target_square)
+        score_square, target_square = (1 + ratio) * score_square, (1 + ratio) * target_square
     return product / np.sqrt(score_square * target_square), max(product / score_square, 0.0)
 
 

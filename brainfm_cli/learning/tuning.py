@@ -20,13 +20,15 @@ from torch.nn import functional
 
 from brainfm_cli.bids.cohort import Cohort
 from brainfm_cli.config import Frozen
-from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, choose, fit
+from brainfm_cli.learning.head_fit import Choice, FittedHead, Outcome, Told, choose, fit
 from brainfm_cli.learning.samples import Windows, list_scans, whole_scans
 
 Folds = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 _KEPT = 4
 EMBEDDING = "embedding"
 """Name of the block that depends on the prompts."""
+TEXT = "text"
+"""Name of the block that says how much a person shows of what a text says of the target."""
 
 
 class TuningSettings(Frozen):
@@ -44,9 +46,13 @@ class TuningSettings(Frozen):
     """Pull of the prompts towards their pretrained state, per step, as a share of the learning rate."""
     inner_folds: int = Field(default=3, ge=2)
     """Folds of the people tuned on, for everything that is chosen; predict group uses its design's inner folds instead."""
-    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log", "text", "meta", "donor")
+    blocks: tuple[str, ...] = (EMBEDDING, "edges", "edges_log", "groups", "groups_log", TEXT, "meta", "donor")
     """What the head may read: the prompted embedding; connectivity (Fisher z) and its logarithm, of regions and of groups; how much a person
     shows of what a text says of the target, for a model aligned with texts; what a meta-learned start says before it is tuned; the embedding of a second frozen model, where one was given."""
+    text_correlation: float = Field(default=0.4, ge=0, lt=1)
+    """Correlation with the target that is expected of what a text says, before labels are seen (AUROC 0.73 in two equal classes)."""
+    text_people: float = Field(default=40, ge=0)
+    """How many labelled people that expectation is worth; 0 lets the labels alone decide what the text is worth."""
     balanced: bool = True
     """Whether every class weighs the same in the fit; probabilities follow the classes' own frequencies either way."""
 
@@ -160,7 +166,9 @@ def tune_atlas(
         states, curve = _tune_prompt(system, inputs, people[training], outcome.take(training), stops, settings, seed=seed)
         candidates.append([{EMBEDDING: embed(system, inputs, state)[people]} for state in states])
         losses.append(curve)
-    choice = choose(shared, candidates, outcome, folds)
+    belief = Told(correlation=settings.text_correlation, people=settings.text_people)
+    told = {TEXT: belief} if TEXT in shared and settings.text_people and outcome.targets().shape[1] == 1 else {}
+    choice = choose(shared, candidates, outcome, folds, told=told)
     epochs = stops[choice.step] if stops else 0
     states, curve = _tune_prompt(system, inputs, people, outcome, (epochs,), settings, seed=seed)
     blocks = shared | ({EMBEDDING: embed(system, inputs, states[-1])[people]} if stops else {})

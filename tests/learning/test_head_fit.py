@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from brainfm_cli.learning.head_fit import PENALTIES, SMALLEST_SLOPE, Choice, Component, Outcome, choose, fit, probabilities_of
+from brainfm_cli.learning.head_fit import PENALTIES, SMALLEST_SLOPE, Choice, Component, Outcome, Told, choose, fit, probabilities_of
 
 PEOPLE = 60
 Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -263,6 +264,83 @@ def test_a_constant_block_has_no_say(generator: np.random.Generator) -> None:
     nothing = {"flat": blocks["flat"]}
     alone = fit(nothing, outcome, choose(nothing, [], outcome, folds_of(outcome.values)))
     np.testing.assert_allclose(alone.predict(nothing), 0.5, atol=1e-6)
+
+
+def said(rng: np.random.Generator, outcome: Outcome, strength: float) -> NDArray[np.float32]:
+    """(people, 1) what a text says of people, ``strength`` spreads higher in the positive class than in the other."""
+    return (3 + 5 * (strength * outcome.values + rng.normal(size=len(outcome.values))))[:, None].astype(np.float32)
+
+
+def test_a_belief_counts_as_people_seen_before(generator: np.random.Generator) -> None:
+    outcome = binary(generator)
+    blocks = {"text": said(generator, outcome, 1.0)}
+    folds = folds_of(outcome.values)
+    none, some = (choose(blocks, [], outcome, folds, told={"text": Told(correlation=0.7, people=people)}) for people in (1e-9, 30))
+    signs = 2 * outcome.values - 1
+    text = np.zeros(PEOPLE)
+    for train, test in folds:
+        text[test] = (blocks["text"][test, 0] - blocks["text"][train, 0].mean()) / blocks["text"][train, 0].std()
+        text[test] -= text[test].mean()
+    # people with the same spreads, of whom the correlation is as believed, put beside those seen
+    others = generator.normal(size=(2, 100_000))
+    others = np.linalg.solve(np.linalg.cholesky(np.cov(others, bias=True)), others - others.mean(1, keepdims=True))
+    believed = np.stack([others[0], 0.7 * others[0] + np.sqrt(1 - 0.49) * others[1]]) * np.array([[text.std()], [signs.std()]])
+    repeats = 200_000 // PEOPLE  # twice as many seen as believed: 60 and 30
+    together = np.hstack([np.tile([text, signs], repeats), believed])
+    slope = together[0] @ together[1] / (together[0] @ together[0])
+    assert [part.penalty for part in some.components] == [None]
+    assert some.components[0].scale == pytest.approx(slope, rel=1e-3)
+    assert none.components[0].scale == pytest.approx(text @ signs / (text @ text), rel=1e-3)
+    assert none.score == pytest.approx(some.score)  # what is reported is what was seen
+    assert some.scores == {"text": pytest.approx(np.corrcoef(text, signs)[0, 1], abs=1e-3)}
+    head = fit(blocks, outcome, some)
+    whole = (blocks["text"] - blocks["text"].mean()) / blocks["text"].std()
+    np.testing.assert_allclose(head.scores(blocks), some.components[0].scale * whole, atol=1e-5)
+
+
+def test_ten_labels_do_not_drown_a_text_and_many_overrule_it() -> None:
+    areas: dict[str, list[float]] = {"alone": [], "few": [], "unbelieved": [], "wrong, many": []}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        outcome = Outcome(values=(np.arange(400) % 2).astype(float), num_classes=2)
+        edges = rng.normal(size=(400, 300)) + 0.15 * outcome.values[:, None]
+        right = {"text": said(rng, outcome, 1.0), "edges": edges.astype(np.float32)}
+        wrong = right | {"text": said(rng, outcome, 0.0)}
+        test = np.arange(200, 400)
+
+        def area(blocks: dict[str, NDArray], people: int, belief: float, outcome: Outcome = outcome, test: NDArray = test) -> float:
+            learnt = outcome.take(np.arange(people))
+            part = {name: values[:people] for name, values in blocks.items()}
+            told = {"text": Told(correlation=0.4, people=belief)} if belief else {}
+            head = fit(part, learnt, choose(part, [], learnt, folds_of(learnt.values), told=told))
+            return float(roc_auc_score(outcome.values[test], head.scores({name: values[test] for name, values in blocks.items()})[:, 0]))
+
+        areas["alone"].append(float(roc_auc_score(outcome.values[test], right["text"][test, 0])))
+        areas["few"].append(area(right, 10, 40))
+        areas["unbelieved"].append(area(right, 10, 0))
+        areas["wrong, many"].append(area(wrong, 200, 40) - area({"edges": wrong["edges"]}, 200, 0))
+    mean = {name: float(np.mean(values)) for name, values in areas.items()}
+    assert mean["few"] > mean["alone"] - 0.03
+    assert mean["few"] > mean["unbelieved"] + 0.03
+    assert mean["wrong, many"] > -0.03
+
+
+def test_a_told_block_is_one_number_about_one_output(generator: np.random.Generator) -> None:
+    outcome, belief = binary(generator), {"text": Told(correlation=0.4, people=40)}
+    two = {"text": generator.normal(size=(PEOPLE, 2)).astype(np.float32)}
+    with pytest.raises(ValueError, match="one feature"):
+        choose(two, [], outcome, folds_of(outcome.values), told=belief)
+    three = Outcome(values=(np.arange(PEOPLE) % 3).astype(float), num_classes=3)
+    with pytest.raises(ValueError, match="one output"):
+        choose({"text": two["text"][:, :1]}, [], three, folds_of(three.values), told=belief)
+
+
+def test_a_text_that_says_the_same_of_everybody_is_not_believed(generator: np.random.Generator) -> None:
+    outcome = binary(generator)
+    blocks = blocks_of(generator, outcome.values) | {"text": np.full((PEOPLE, 1), 7.0, np.float32)}
+    with_text = choose(blocks, [], outcome, folds_of(outcome.values), told={"text": Told(correlation=0.4, people=40)})
+    assert with_text.score > 0.3
+    assert with_text.shares().get("text", 0.0) < 0.5
 
 
 def test_probabilities_are_calibrated_to_the_samples_own_frequencies(generator: np.random.Generator) -> None:
