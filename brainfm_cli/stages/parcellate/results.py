@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,11 +146,17 @@ def region_lookup(datasets: Mapping[str, Path]) -> Callable[[ParcellatedRun, tup
         except InputNotFoundError:
             return RegionTable(names=names)
         # Unnamed columns of known atlases are numbered in the order of the labels.
-        if atlas.regions.names == names or (not named and atlas.num_regions == len(names)):
+        unnamed = not named or _numbered(names, run.atlas)
+        if atlas.regions.names == names or (unnamed and atlas.num_regions == len(names)):
             return (atlas.located() if atlas.available else atlas).regions
         return RegionTable(names=names)
 
     return look_up
+
+
+def _numbered(names: Sequence[str], label: str) -> bool:
+    """Whether names only count the regions of an atlas, as AAL116_001, AAL116_002, … do."""
+    return all(re.fullmatch(rf"{re.escape(label)}[_-]?0*{place}", name) for place, name in enumerate(names, start=1))
 
 
 def write(root: Path, result: RunResult, settings: ParcellateSettings) -> list[Path]:
