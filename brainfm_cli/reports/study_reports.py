@@ -46,7 +46,11 @@ def study_reports_page(
         ),
     ]
     if len(metrics["languages"]) > 1:
-        by_language = [row | {"name": f"{row['name']}, reports in {name}"} for name, found in metrics["languages"].items() for row in found]
+        by_language = [
+            row | {"name": f"{row['name']}, {row['people']} reports in {name}"}
+            for name, found in metrics["languages"].items()
+            for row in found
+        ]
         sections.append(Section(title="By language of the report", blocks=(table(score_table(by_language, names)),)))
     sections += [
         Section(title="Examples", lead="Best, middle and worst by the first score, not a selection.", blocks=(table(examples),)),

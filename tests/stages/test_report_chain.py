@@ -113,6 +113,27 @@ def test_reports_are_written_checked_and_scored_beside_floors(made: SyntheticSca
     table = pd.read_csv(out / "reports.tsv", sep="\t", dtype=str, keep_default_na=False)
     assert len(table) == len(names) * len(people)
     validate(out)
+    assert metrics["languages"] == {}
+    # the same reports, those of half the people in Chinese: scored apart, beside the same floors
+    known = pd.read_csv(made.root / "phenotype" / "reports.tsv", sep="\t", dtype=str)
+    chinese = {f"sub-{label}" for label in people[:2]}
+    for place, name in enumerate(known["participant_id"]):
+        if name in chinese:
+            disease, side = ("胶质母细胞瘤" if int(name[4:]) % 2 else "脑膜瘤"), ("左" if made.sides[name[4:]] == "left" else "右")
+            known.loc[place, ["findings", "impression"]] = [f"{side}侧额叶见{disease}。", f"{side}侧{disease}。"]
+    known.to_csv(root / "bilingual.tsv", sep="\t", index=False)
+    for label in people:
+        shutil.copytree(out / f"sub-{label}", root / "bilingual" / f"sub-{label}")
+    assert brainfm_on_cpu("caption", made.root, root / "bilingual", "group", *asked, f"reports={root / 'bilingual.tsv'}") == 0
+    by_language = json.loads((root / "bilingual" / "metrics.json").read_text())
+    assert {name: rows[0]["people"] for name, rows in by_language["languages"].items()} == {"en": len(people) - 2, "zh": 2}
+    for row in by_language["rows"]:  # a share of everybody is that of both languages, weighted by their people
+        if row["participant"] == "mean":
+            apart = [(other["people"], other["scores"]["disease right"]["value"]) for rows in by_language["languages"].values() for other in rows if other["name"] == row["name"]]  # fmt: skip
+            assert sum(count * value for count, value in apart) / len(people) == pytest.approx(row["scores"]["disease right"]["value"])
+    facts = {name: next(row for row in rows if row["name"].startswith("measured facts")) for name, rows in by_language["languages"].items()}
+    assert {row["scores"]["side errors"]["value"] for row in facts.values()} == {0}  # sides are read in both languages
+    assert "2 reports in zh" in (root / "bilingual" / "report.html").read_text()
 
 
 def test_an_excluded_disease_is_never_learnt_from(made: SyntheticScans) -> None:

@@ -165,6 +165,24 @@ def test_a_disease_without_any_label_is_ranked_by_its_name() -> None:
     assert disease_vector("abscess", encoder, ()).norm() == pytest.approx(1.0)
 
 
+def test_reports_of_each_language_are_found_among_those_of_everybody() -> None:
+    encoder, fit = load_sentences(DEFAULT_ENCODER), SpeakFitSettings()
+    reports = {f"{place}": report(*case) for place, case in enumerate(CASES)}
+    targets, people = report_vectors(reports, encoder, fit), [f"{place}" for place in range(len(CASES))]
+    written_in = {label: "zh" if label in people[:2] else "en" for label in people}
+    # those in Chinese find their own report; the others that of the person before them
+    studies = {"model": {label: targets[label if written_in[label] == "zh" else people[place - 1]] for place, label in enumerate(people)}}
+    given = {"test": people, "train": people, "seed": 0}
+    table = alignment_scores(studies, reports, targets, encoder, **given, written_in=written_in).set_index("score")
+    first = f"own among the first 1 of {len(people)}"
+    assert table.loc[f"reports in zh: {first}", "value"] == 1
+    assert table.loc[f"reports in en: {first}", "value"] == 0
+    assert table.loc[f"reports: {first}", "value"] == pytest.approx(2 / len(people))
+    assert table.loc[[f"reports in zh: {first}", f"reports in en: {first}"], "people"].tolist() == [2, len(people) - 2]
+    one = alignment_scores(studies, reports, targets, encoder, **given, written_in=dict.fromkeys(people, "en"))
+    assert not one["score"].str.contains("reports in").any()
+
+
 def test_groups_are_of_studies_that_say_the_same() -> None:
     reports = {"a": report(*CASES[0]), "b": report(*CASES[0]), "c": report(*CASES[1])}
     same = groups_of(reports, SpeakFitSettings())

@@ -172,7 +172,7 @@ def write_model(
     language, sentences = load_language(settings.llm), load_sentences(settings.text_encoder)
     language_before = language.fingerprint()
     everybody = list_participants(raw)
-    told, notes = _told(cohort, everybody, reports, people, settings)
+    told, written_in, notes = _told(cohort, everybody, reports, people, settings)
     if settings.written_in == "as is":
         check_languages(_by_language(told), sentences if settings.fit.contrast_with == "sentences" else None, language)
     split = _split(told, cohort, model, settings)
@@ -201,7 +201,7 @@ def write_model(
     if not result.is_first_rank:
         return None
     ridge = fit_ridge(features.slices, targets, source.people)
-    scores = _scores(teller, ridge, source, features, cohort, told, targets, sentences, split, settings)
+    scores = _scores(teller, ridge, source, features, cohort, told, written_in, targets, sentences, split, settings)
     record = SpeakerRecord(
         language_model=settings.llm,
         language_sha256=language_before,
@@ -241,21 +241,23 @@ def write_model(
 
 def _told(
     cohort: SliceCohort, known: Collection[str], path: Path, people: tuple[str, ...], settings: AlignReportSettings
-) -> tuple[dict[str, StudyReport], tuple[str, ...]]:
-    """Reports of people with slices, and what to say of the others."""
+) -> tuple[dict[str, StudyReport], dict[str, str], tuple[str, ...]]:
+    """Reports of people with slices, the languages that they were written in, and what to say of the others."""
     everything = read_reports(path, known)
     chosen = [label for label in cohort.labels_of_people if not people or label in people]
     told = {label: everything[label] for label in chosen if label in everything}
     if len(told) < _LEAST_PEOPLE:
         raise InputDatasetError(f"{len(told)} people have slices and a report: {_LEAST_PEOPLE} are needed", where=path, fix="give more reports or scans")  # fmt: skip
+    written_in = {label: report.language or language_of(report.text) for label, report in told.items()}
     if settings.written_in == "en":
         told = {label: restated(report) for label, report in told.items()}
     mixed = sum(language_of(report.text) == "mixed" for report in told.values())
     without = len(chosen) - len(told)
-    return told, (
+    notes = (
         *((f"{without} people with scans have no report and took no part",) if without else ()),
         *((f"{mixed} reports mix languages; each sentence is read by its own words",) if mixed else ()),
     )
+    return told, written_in, notes
 
 
 def _by_language(told: Mapping[str, StudyReport]) -> dict[str, list[str]]:
@@ -307,14 +309,14 @@ def _instructions(settings: AlignReportSettings, known: Collection[str], told: M
 
 def _scores(
     teller: StudyTeller, ridge: Any, source: ToldStudies, features: StudyFeatures, cohort: SliceCohort, told: Mapping[str, StudyReport],  # noqa: ANN401
-    targets: Mapping[str, torch.Tensor], sentences: TextEncoder, split: TuningPeople, settings: AlignReportSettings,
+    written_in: Mapping[str, str], targets: Mapping[str, torch.Tensor], sentences: TextEncoder, split: TuningPeople, settings: AlignReportSettings,
 ) -> pd.DataFrame:  # fmt: skip
     test = split.role("test")
     vectors = {RIDGE: {label: ridge.predict(features.slices[label]) for label in test}}
     if settings.fit.contrast:
         own = {label: teller.read(features.slices[label], context_of_rows(cohort, features.rows[label]))[1][0] for label in test}
         vectors = {MODEL: own, **vectors}
-    return alignment_scores(vectors, told, targets, sentences, test=test, train=source.people, seed=settings.seed)
+    return alignment_scores(vectors, told, targets, sentences, test=test, train=source.people, seed=settings.seed, written_in=written_in)
 
 
 def _threshold(teller: StudyTeller, source: ToldStudies, facts: Mapping[str, LesionFacts]) -> float:

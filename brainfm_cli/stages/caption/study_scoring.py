@@ -211,7 +211,7 @@ def _scores(found: _Scored, people: Sequence[str], candidates: Sequence[str], re
 
 
 def _languages(found: _Scored, predictors: Sequence[Predictor], references: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, Any]]]:
-    """Scores of the model by the language that a report was written in, where there are several."""
+    """Scores of the model and its floors by the language that a report was written in, where there are several."""
     groups: dict[str, list[str]] = {}
     for label in found.people:
         groups.setdefault(found.written_in[label], []).append(label)
@@ -219,10 +219,10 @@ def _languages(found: _Scored, predictors: Sequence[Predictor], references: Mapp
         return {}
     rows = {}
     for name, labels in sorted(groups.items()):
-        own = _predictor(_MODEL, "model", {label: text for label, text in predictors[0].captions[_EVERYBODY] if label in labels})
+        theirs = [_predictor(one.name, one.role, {label: text for label, text in one.captions[_EVERYBODY] if label in labels}) for one in predictors]  # fmt: skip
         counts = resample_pictures(len(labels), found.settings.bootstraps, found.settings.seed)
-        scored = score_predictors(partial(_scores, found, labels), references, [own], labels, counts)
-        rows[name] = [row for row in scored.rows if row["participant"] == "mean"]
+        scored = score_predictors(partial(_scores, found, labels), references, theirs, labels, counts)
+        rows[name] = [row | {"people": len(labels)} for row in scored.rows if row["participant"] == "mean"]
     return rows
 
 

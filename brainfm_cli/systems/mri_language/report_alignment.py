@@ -205,24 +205,38 @@ def alignment_scores(
     test: Sequence[str],
     train: Sequence[str],
     seed: int,
+    written_in: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Scores of test people: own report found among theirs, and each disease told by its name alone; ``studies`` holds vectors by method."""
+    """Scores of test people: own report found among theirs, and each disease told by its name alone; ``studies`` holds vectors by method.
+
+    Where reports were ``written_in`` several languages, those of each are also scored by themselves, among the reports of everybody.
+    """
     if len(test) < 2:
         return pd.DataFrame(columns=["score", "method", "value", "low", "high", "reason", "people", "seed"])
     rows = []
     weights = resample_weights(list(test), RESAMPLES, np.random.default_rng(seed))
     wanted = torch.stack([targets[label] for label in test])
+    groups = {"reports": np.arange(len(test)), **_languages(test, written_in or {})}
     for method, vectors in studies.items():
         found = functional.normalize(torch.stack([vectors[label] for label in test]), dim=1)
-        for one in retrieval((found @ wanted.T).double().numpy(), range(len(test))).values():
-            told = one.score(weights)
-            rows.append({"score": f"reports: {one.label}", "method": method, "value": told.value, "low": told.low, "high": told.high, "reason": told.reason})  # fmt: skip
-    rows += [{"score": f"reports: top {top}", "method": "chance", "value": min(1.0, top / len(test)), "low": None, "high": None, "reason": "by definition"} for top in (1, 5)]  # fmt: skip
+        similarity = (found @ wanted.T).double().numpy()
+        for group, mine in groups.items():
+            for one in retrieval(similarity[mine], mine.tolist()).values():
+                told = one.score(weights[:, mine])
+                rows.append({"score": f"{group}: {one.label}", "method": method, "value": told.value, "low": told.low, "high": told.high, "reason": told.reason, "people": len(mine)})  # fmt: skip
+    rows += [{"score": f"reports: top {top}", "method": "chance", "value": min(1.0, top / len(test)), "low": None, "high": None, "reason": "by definition", "people": len(test)} for top in (1, 5)]  # fmt: skip
     places, diseases = places_of([reports[label] for label in train]), {label: _disease(reports[label]) for label in (*train, *test)}
     learnt = {diseases[label] for label in train}
-    table = pd.DataFrame(rows).assign(people=len(test), seed=seed)
+    table = pd.DataFrame(rows).assign(seed=seed)
     named = [_named(disease, studies, diseases, encoder, places, test, seed, learnt=disease in learnt) for disease in sorted({diseases[label] for label in test} - {""})]  # fmt: skip
     return pd.concat([table, *named], ignore_index=True)
+
+
+def _languages(test: Sequence[str], written_in: Mapping[str, str]) -> dict[str, NDArray[np.int64]]:
+    """Places of the people whose reports are in each language; nothing where there is but one."""
+    languages = sorted({written_in[label] for label in test if label in written_in})
+    found = {f"reports in {name}": np.flatnonzero([written_in.get(label) == name for label in test]) for name in languages}
+    return found if len(found) > 1 else {}
 
 
 def _named(
