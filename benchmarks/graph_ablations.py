@@ -10,6 +10,11 @@ that the shipped head reads (connectivity too), which hides it.
     python benchmarks/graph_ablations.py table ablations1.npz ablations2.npz ablations3.npz
 
 Every seed is another population, with other disorders. Intervals resample the people tested, within seeds; the models stay.
+
+`--cohort` takes a packed cohort of real people in place of the simulation: half of them, drawn by the seed, are tested. Rows that need
+disorders or their texts are then left out.
+
+    python benchmarks/graph_ablations.py run --cohort COHORT --target sex --functional BASC064 --anatomical AAL116 --seed 1 --out sex1.npz
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 
@@ -75,7 +81,9 @@ class Study:
     cohort: Cohort
     """Everybody."""
     target: Target
-    """The tested disorder against none."""
+    """The tested disorder against none, or what is asked of real people."""
+    discovery: tuple[str, ...]
+    """People to pretrain on; nobody of them is tested."""
     whole: Fold
     """Discovery people train, holdout people test."""
     few: tuple[Fold, ...]
@@ -91,9 +99,7 @@ class Study:
 
     def pretrain(self, name: str, atlases: Sequence[str] = (), **off: float) -> BrainGraph:
         """A model pretrained on the discovery people, in ``atlases`` (labels; all where empty); tested atlases it lacks are added."""
-        table = participant_table(self.cohort)
-        people = sorted(table.index[table["split"] == "discovery"])
-        given = self.arguments
+        people, given = list(self.discovery), self.arguments
         settings = PretrainingSettings(epochs=given.epochs, batch_size=given.batch_size, atlases=tuple(atlases), seed=given.seed)
         factory = BrainGraphSettings(kind="brain-graph", preset="tiny", losses=LossSettings(**off))
         folder = self.work / name.replace(" ", "-")
@@ -126,29 +132,50 @@ Results = dict[str, "NDArray[np.float64]"]
 
 
 def make_study(work: Path, arguments: argparse.Namespace) -> Study:
-    """Simulate a population and divide it."""
-    atlases = [*arguments.functional, *arguments.anatomical]
-    population = {"disorders": list(DISORDERS), "case_share": 0.6, "holdout_share": 0.5}
-    values = {"level": "series", "participants": arguments.people, "seed": arguments.seed, "atlases": atlases, "population": population}
-    write_cohort(work / "cohort", SimulateSettings.from_values(values), ())
-    cohort = Cohort.open(work / "cohort")
-    coding = TargetSettings(type="categorical", classes=("control", TESTED), positive=TESTED)
-    table = participant_table(cohort)
-    target = read_target(cohort, "diagnosis", coding)
-    sides = {side: [name for name in target.participants if table.loc[name, "split"] == side] for side in ("discovery", "holdout")}
-    split = fixed_split(target, train=sides["discovery"], test=sides["holdout"], why="holdout")
+    """Simulate a population, or open the one given, and divide it."""
+    table, target = (_simulated if arguments.cohort is None else _given)(work / "cohort", arguments)
+    cohort = Cohort.open(arguments.cohort or work / "cohort")
+    sides = {side: sorted(table.index[table["split"] == side]) for side in ("discovery", "holdout")}
+    having = set(target.participants)
+    train, test = ([name for name in people if name in having] for people in sides.values())
+    split = fixed_split(target, train=train, test=test, why="holdout")
     few = few_shot_splits(target, split, shots=[SHOTS], draws=arguments.draws, seed=arguments.seed)[SHOTS]
-    names = [find_atlas(name).label for name in (arguments.functional[0], arguments.anatomical[0])]
     return Study(
         cohort=cohort,
         target=target,
+        discovery=tuple(sides["discovery"]),
         whole=next(iter(split.folds())),
         few=tuple(few.folds()),
-        labels=(names[0], names[1]),
+        labels=(labels_of(arguments.functional, arguments)[0], labels_of(arguments.anatomical, arguments)[0]),
         execution=Execution(device=arguments.device),
         work=work,
         arguments=arguments,
     )
+
+
+def _simulated(folder: Path, arguments: argparse.Namespace) -> tuple[pd.DataFrame, Target]:
+    atlases = [*arguments.functional, *arguments.anatomical]
+    population = {"disorders": list(DISORDERS), "case_share": 0.6, "holdout_share": 0.5}
+    values = {"level": "series", "participants": arguments.people, "seed": arguments.seed, "atlases": atlases, "population": population}
+    write_cohort(folder, SimulateSettings.from_values(values), ())
+    cohort = Cohort.open(folder)
+    coding = TargetSettings(type="categorical", classes=("control", TESTED), positive=TESTED)
+    return participant_table(cohort), read_target(cohort, "diagnosis", coding)
+
+
+def _given(_folder: Path, arguments: argparse.Namespace) -> tuple[pd.DataFrame, Target]:
+    cohort = Cohort.open(arguments.cohort)
+    target = read_target(cohort, arguments.target)
+    train, _ = train_test_split(
+        np.array(target.participants), test_size=0.5, stratify=target.observed.astype(np.int64), random_state=arguments.seed
+    )
+    table = participant_table(cohort).loc[list(target.participants)]
+    return table.assign(split=np.where(table.index.isin(train), "discovery", "holdout")), target
+
+
+def labels_of(names: Sequence[str], arguments: argparse.Namespace) -> list[str]:
+    """Labels of atlases; those of a given cohort are named by their labels."""
+    return [find_atlas(name).label if arguments.cohort is None else name for name in names]
 
 
 def prompted(
@@ -272,9 +299,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         study = make_study(work, arguments)
-        functional_ones, anatomical_ones = (
-            [find_atlas(name).label for name in names] for names in (arguments.functional, arguments.anatomical)
-        )
+        functional_ones, anatomical_ones = (labels_of(names, arguments) for names in (arguments.functional, arguments.anatomical))
         every = study.pretrain(BASE)
         none = study.ready(every.randomised(arguments.seed))
         steps: dict[str, Any] = {
@@ -295,6 +320,8 @@ def run(arguments: argparse.Namespace) -> None:
         }
         tested = study.target.rows(study.whole.test)
         found: Results = {"observed": study.target.observed[tested]}
+        if arguments.cohort is not None:
+            steps = {name: step for name, step in steps.items() if name not in {"meta", "text"}}
         for name in arguments.rows or steps:
             step = steps[name]
             began = time.monotonic()
@@ -368,6 +395,8 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--people", type=int, default=600)
+    one.add_argument("--cohort", type=Path, help="a packed cohort in place of the simulation")
+    one.add_argument("--target", help="of two classes, with --cohort")
     one.add_argument("--functional", nargs="+", default=list(FUNCTIONAL), help="atlases; the first is tested")
     one.add_argument("--anatomical", nargs="+", default=list(ANATOMICAL), help="atlases; the first is tested")
     one.add_argument("--epochs", type=int, default=4, help="of pretraining")
