@@ -138,7 +138,8 @@ def planted(
         truth = json.loads((root / "truth.json").read_text(encoding="utf-8"))
         latents = pd.read_csv(root / "latents.tsv", sep="\t", dtype={"participant_id": str}).set_index("participant_id")
         table = participant_table(cohort)
-        row: dict[str, Any] = {"seed": seed, "patients": patients, "effect": effect, "repeats": repeats, "scores": {}, "bayes": {}}
+        world = {"patients": patients, "effect": effect, "repeats": repeats, "trial": dict(trial or {})}
+        row: dict[str, Any] = {"seed": seed, **world, "scores": {}, "bayes": {}}
         inputs = encode(system, cohort, list(table.index))
         if (model / "random").is_dir():
             twin = load_system(model / "random")
@@ -324,18 +325,22 @@ def epoch_scores(features: NDArray[Any], labels: NDArray[np.int64], tests: NDArr
     return scores
 
 
-def joined(rows: Sequence[Mapping[str, Any]]) -> dict[float, list[dict[str, Any]]]:
-    """Rows of the same trials in several files as one, by effect; trials that some file lacks are left out."""
-    found: dict[float, dict[int, list[Mapping[str, Any]]]] = {}
+def joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the same trials in several files as one, by world: effect, patients, repetitions and settings of the trial.
+
+    Trials that some file lacks are left out.
+    """
+    found: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        found.setdefault(row["effect"], {}).setdefault(row["seed"], []).append(row)
-    merged: dict[float, list[dict[str, Any]]] = {}
-    for effect, trials in found.items():
+        world = ", ".join(f"{name} {row.get(name)}" for name in ("effect", "patients", "repeats", "trial") if row.get(name))
+        found.setdefault(world, {}).setdefault(row["seed"], []).append(row)
+    merged: dict[str, list[dict[str, Any]]] = {}
+    for world, trials in found.items():
         most = max(len(parts) for parts in trials.values())
         for parts in trials.values():
             if len(parts) == most:
                 scores = {name: {key: value for one in parts for key, value in one["scores"][name].items()} for name in parts[0]["scores"]}
-                merged.setdefault(effect, []).append({key: value for one in parts for key, value in one.items()} | {"scores": scores})
+                merged.setdefault(world, []).append({key: value for one in parts for key, value in one.items()} | {"scores": scores})
     return merged
 
 
@@ -353,7 +358,7 @@ def report_planted(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         table = {key: [row["scores"][name][key][metric] for row in rows] for key in rows[0]["scores"][name]}
         table = {key: values for key, values in table.items() if None not in values}
         part: dict[str, Any] = {"scores": {key: mean(values) for key, values in table.items()}}
-        pairs = [("both", other) for other in table if other != "both"] + [
+        pairs = [("both", other) for other in table if other != "both" and "both" in table] + [
             ("series only", other) for other in table if other.startswith("series only,")
         ]
         part["differences"] = {
@@ -362,12 +367,14 @@ def report_planted(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         if metric == "auroc":
             part["bayes"] = {kind: mean([row["bayes"][name][kind] for row in rows]) for kind in rows[0]["bayes"][name]}
-        best, model = np.asarray(table[ATTAINABLE], float) - chance, np.asarray(table["both"], float) - chance
-        share = model[drawn].mean(1) / best[drawn].mean(1)
-        part["share_of_attainable"] = [round(float(value), 3) for value in (model.mean() / best.mean(), *np.percentile(share, (2.5, 97.5)))]
+        if "both" in table:
+            best, model = np.asarray(table[ATTAINABLE], float) - chance, np.asarray(table["both"], float) - chance
+            share = model[drawn].mean(1) / best[drawn].mean(1)
+            limits = np.percentile(share, (2.5, 97.5))
+            part["share_of_attainable"] = [round(float(value), 3) for value in (model.mean() / best.mean(), *limits)]
         found[f"{name}, {metric}"] = part
     for name in ("response", "analgesia"):
-        for score_of in ("both", ATTAINABLE):
+        for score_of in ("both", ATTAINABLE) if f"trial_{name}" in rows[0] else ():
             trials = [row[f"trial_{name}"][score_of] for row in rows]
             p = [one["interaction_p"] for one in trials if one["interaction_p"] is not None]
             ratios = {rule: [one["ratios"][rule] for one in trials if "ratios" in one] for rule in trials[0].get("ratios", {})}
@@ -455,8 +462,8 @@ def main() -> None:
     world = {"patterns": arguments.patterns} if arguments.patterns else {}
     if arguments.study == "report":
         rows = [json.loads(line) for path in arguments.files for line in path.read_text(encoding="utf-8").splitlines()]
-        for effect, trials in joined([row for row in rows if "scores" in row]).items():
-            print(json.dumps({f"planted, effect {effect:g}": report_planted(trials)}, indent=1))
+        for world, trials in joined([row for row in rows if "scores" in row]).items():
+            print(json.dumps({f"planted, {world}": report_planted(trials)}, indent=1))
         if without := [row for row in rows if "scores" not in row]:
             print(json.dumps({"null": report_null(without)}, indent=1))
         return

@@ -54,3 +54,31 @@ def test_a_head_that_can_learn_does(trials: Any) -> None:
     features = rng.normal(size=(PATIENTS, 20)) + 2 * labels[:, None]
     test = np.arange(PATIENTS) < 12
     assert trials.epoch_scores(features[None], labels[None], test[None], epochs=60, seed=0)[0, -1] > 0.8
+
+
+def _row(trials: Any, seed: int, *, parts: dict[str, float], patterns: list[int] | None = None) -> dict[str, Any]:
+    scores = {name: {"auroc": value, "pearson_r": value, "r2": value} for name, value in {**parts, trials.ATTAINABLE: 0.8}.items()}
+    world = {"patients": 56, "effect": 2.5, "repeats": 1, "trial": {} if patterns is None else {"patterns": patterns}}
+    both = {"response": scores, "analgesia": scores}
+    return {"seed": seed, **world, "scores": both, "bayes": {"response": {"auroc": 0.9}, "analgesia": {"r2": 0.5}}}
+
+
+def test_files_of_one_world_are_joined_and_of_two_kept_apart(trials: Any) -> None:
+    model = [_row(trials, seed, parts={"both": 0.7}, patterns=[4, 2]) for seed in (1, 2, 3)]
+    rivals = [_row(trials, seed, parts={"1-D CNN on series": 0.6}, patterns=[4, 2]) for seed in (1, 2)]
+    other = [_row(trials, 1, parts={"both": 0.5})]
+    worlds = trials.joined([*model, *rivals, *other])
+    found = {tuple(sorted(rows[0]["scores"]["response"])): [row["seed"] for row in rows] for rows in worlds.values()}
+    assert found == {
+        tuple(sorted(("both", "1-D CNN on series", trials.ATTAINABLE))): [1, 2],  # the third trial lacks its rivals
+        tuple(sorted(("both", trials.ATTAINABLE))): [1],
+    }
+    report = trials.report_planted(next(iter(worlds.values())))
+    assert report["response, auroc"]["differences"]["both - 1-D CNN on series"][0] == pytest.approx(0.1)
+    assert report["response, auroc"]["share_of_attainable"][0] == pytest.approx(0.667, abs=1e-3)
+
+
+def test_a_file_without_the_model_is_reported_too(trials: Any) -> None:
+    report = trials.report_planted([_row(trials, seed, parts={"1-D CNN on series": 0.6}) for seed in (1, 2)])
+    assert report["analgesia, pearson_r"]["scores"]["1-D CNN on series"][0] == pytest.approx(0.6)
+    assert "share_of_attainable" not in report["analgesia, pearson_r"]
