@@ -2,10 +2,11 @@
 
 Training makes two augmented, masked views of each slice, with all losses. Floor and ratio as in benchmarks/pretrain.py: operations
 counted by torch, over the rate of large matrix products just before and just after each timed call; ``--peak`` gives the share of the
-device's rated operations per second (MFU). ``--stream`` writes a store of so many slices and reads batches of it as training does.
+device's rated operations per second (MFU). ``--stream`` writes a store of so many slices, trains ``--steps`` steps on batches drawn from all
+of it, with all losses, reads every other batch of the epoch, and watches the memory of the process (anonymous pages, peak over all steps).
 
     python benchmarks/volume.py --preset nano tiny small --batch 16
-    python benchmarks/volume.py --stream 200000 --preset nano
+    python benchmarks/volume.py --stream 200000 --preset nano --steps 400
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def write_store(root: Path, count: int, size: int) -> SliceCohort:
 
 
 def stream(count: int, preset: str, batch: int, steps: int) -> dict[str, Any]:
-    """Memory before and after reading an epoch's batches of a store, of which ``steps`` are trained on."""
+    """Memory while an epoch's batches of a store are read, of which the first ``steps`` are trained on with all losses."""
     system = system_of(preset, 2)
     with tempfile.TemporaryDirectory(prefix="brainfm-") as folder:
         cohort = write_store(Path(folder), count, system.settings.size)
@@ -135,24 +136,34 @@ def stream(count: int, preset: str, batch: int, steps: int) -> dict[str, Any]:
         )
         epoch: Any = source.training(0, rank=0, world_size=1)
         optimiser = torch.optim.AdamW(system.module.parameters(), lr=1e-4)
+        people, memory, began = set(), [_anonymous_mb()], time.perf_counter()
         for place in range(steps):
-            terms = system.losses(epoch[place], epoch=0.0)
-            optimiser.zero_grad()
-            terms["patch"].backward()
+            given = epoch[place]
+            people |= set(given.participant.tolist())
+            terms = system.losses(given, epoch=0.0)
+            loss = torch.stack(
+                [system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]
+            ).sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
             optimiser.step()
-        before, started = _resident_mb(), time.perf_counter()
-        for place in range(len(epoch)):
+            memory.append(_anonymous_mb())
+        started = time.perf_counter()
+        for place in range(steps, len(epoch)):
             epoch[place]
-        seconds = time.perf_counter() - started
+        rest = len(epoch) - steps
         return {
             "slices": len(cohort.slices), "size": cohort.size, "store_gb": round(len(cohort.slices) * cohort.size**2 / 1e9, 2), "steps": steps,
-            "resident_mb_after_steps": before, "resident_mb_after_epoch": _resident_mb(), "read_slices_per_second": round(len(epoch) * batch / seconds),
+            "batch": batch, "people_trained_on": len(people), "trained_slices_per_second": round(steps * batch / (started - began), 1),
+            "anonymous_mb_before": memory[0], "anonymous_mb_after_a_tenth": max(memory[: 1 + steps // 10]), "anonymous_mb_peak": max(memory),
+            "anonymous_mb_after_epoch": _anonymous_mb(), "read_slices_per_second": round(rest * batch / (time.perf_counter() - started)),
         }  # fmt: skip
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return round(pages * resource.getpagesize() / 1e6, 1)
+def _anonymous_mb() -> float:
+    """Memory that no file lies behind: what the kernel cannot drop."""
+    (line,) = (one for one in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if one.startswith("RssAnon"))
+    return round(int(line.split()[1]) * 1.024e-3, 1)
 
 
 def main() -> None:
