@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ from brainfm_cli.learning.voxel_samples import select_trials
 from brainfm_cli.models.language import TextEncoder
 from brainfm_cli.systems.brain_caption import BrainCaptionSettings
 from brainfm_cli.systems.brain_caption.aligned import AlignedCaptioner, CaptionFitSettings, load_language, load_sentences
-from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, BeamChoice, list_viewings, speak
+from brainfm_cli.systems.brain_caption.decoding import Alteration, Average, BeamChoice, Spoken, list_viewings, speak
 from brainfm_cli.systems.brain_caption.fitting import fit_captioner, prepare_alignment, prepare_person, read_split, write_captioner
-from brainfm_cli.systems.brain_caption.floors import picture_vectors
+from brainfm_cli.systems.brain_caption.floors import CaptionBank, picture_vectors
 from brainfm_cli.systems.brain_caption.pretraining import prepare, pretrain_encoder
 
 PEOPLE = ("0001", "0002", "0003", "0004")
@@ -241,8 +241,11 @@ class Runner:
         split = read_split(next((self.runs / "models").glob("encoder-*")), cohort)
         for trials in select_trials(cohort, split, people, "test"):
             pictures = [one.name for one in list_viewings(trials, "repeats")]
-            spoken = speak(captioner, cohort, list_viewings(trials, average), altered=altered, beams=self.arguments.beams, max_tokens=self.arguments.max_tokens, batch_size=self.arguments.speak_batch, choice=self._choice(captioner))  # fmt: skip
+            most = 1 if self.arguments.nearest else self.arguments.max_tokens
+            spoken = speak(captioner, cohort, list_viewings(trials, average), altered=altered, beams=self.arguments.beams, max_tokens=most, batch_size=self.arguments.speak_batch, choice=self._choice(captioner))  # fmt: skip
             wanted = self._wanted(captioner, pictures)
+            if self.arguments.nearest:
+                spoken = self._nearest(captioner, spoken)
             rows = []
             for one in spoken:
                 rank = None
@@ -252,6 +255,19 @@ class Runner:
                 rows.append((one.viewing.name, one.caption, rank))
             found[trials.participant] = rows
         return found
+
+    def _nearest(self, captioner: AlignedCaptioner, spoken: Sequence[Spoken]) -> list[Spoken]:
+        """The same with the training caption nearest to the brain's vector, or of the training picture nearest to it, in place of what was said."""
+        stimuli, split = self.study.cohort.stimuli, read_split(next((self.runs / "models").glob("encoder-*")), self.study.cohort)
+        names = sorted(split.names("train"))
+        if captioner.model.bridge.to_contrast.out_features == self.study.sentences.width:
+            texts = [text for name in names for text in stimuli[name].captions[: captioner.fit.captions_per_image]]
+            vectors = self.study.sentences.sentences(texts)
+        else:
+            assert self.study.pictures is not None, "it was contrasted with them"
+            texts, vectors = [stimuli[name].captions[0] for name in names], torch.stack([self.study.pictures[name] for name in names])
+        bank = CaptionBank(captions=tuple(texts), vectors=vectors)
+        return [replace(one, caption=bank.nearest(one.vector[None].cpu())[0][0]) for one in spoken]
 
     def _choice(self, captioner: AlignedCaptioner) -> BeamChoice | None:
         if self.sentences is None or not captioner.fit.alignment or captioner.model.bridge.to_contrast.out_features != self.sentences.width:
@@ -374,6 +390,11 @@ def main() -> None:
         "--vector-weight", type=float, default=0.0, help="of the brain's vector in choosing among beams (needs the sentence encoder)"
     )
     second.add_argument("--max-tokens", type=int, default=24)
+    second.add_argument(
+        "--nearest",
+        action="store_true",
+        help="the training caption nearest to the vector, no language model: for ablations of what the vector holds",
+    )
     second.add_argument("--said-alone", action="store_true", help="without zeroed and shuffled voxels; a third of the captions")
     second.add_argument("--single", action="store_true", help="also say what single trials show; three times the captions")
     third = steps.add_parser("report")

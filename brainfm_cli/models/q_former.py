@@ -4,6 +4,9 @@ Learned queries attend to one another, and in every second layer to the brain's 
 the language model, of the length that token vectors have; the mean query is contrasted with what was said or seen. Attention begins by
 averaging over all tokens, in which the encoder's summary of a whole brain is one of many: by default every query therefore starts from a
 linear map of the summary, added to what it has learnt.
+
+The language model may also read the vector that was contrasted, in place of the queries: a network that turns sentence vectors into prefixes
+learns from text alone and is then given the brain's vector (CapDec, Nukrai et al. 2022).
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from torch.nn import functional
 
 from brainfm_cli.models.attention import NO_BIAS
 from brainfm_cli.models.graph_encoder import TransformerLayer
+
+_HIDDEN = 512  # of the network that reads a vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +93,32 @@ class QFormer(nn.Module):
         return self.norm(queries)
 
 
+class VectorPrefix(nn.Module):
+    """One unit vector, of a sentence or of a brain, to vectors for a language model."""
+
+    def __init__(self, width: int, num_vectors: int, language_width: int) -> None:
+        super().__init__()
+        self.num_vectors, self.width = num_vectors, width
+        self.expand = nn.Linear(width, _HIDDEN)
+        self.contract = nn.Linear(_HIDDEN, num_vectors * language_width)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(batch, vectors, language width) from (batch, width) unit vectors."""
+        hidden = functional.gelu(self.expand(vectors * self.width**0.5))  # entries of unit variance
+        return self.contract(hidden).unflatten(1, (self.num_vectors, -1))
+
+
 class BrainBridge(nn.Module):
-    """Q-Former with its two outlets: vectors for a language model, and one vector for contrast."""
+    """Q-Former with its two outlets: vectors for a language model, and one vector for contrast.
+
+    After :meth:`read_vectors` the former are made of the latter, and no gradient goes back from one to the other.
+    """
 
     def __init__(self, shape: QFormerShape, *, token_width: int, language_width: int, contrast_width: int, token_norm: float) -> None:
         super().__init__()
         self.q_former = QFormer(shape, token_width)
         self.to_language = nn.Linear(shape.width, language_width)
+        self.from_vector: VectorPrefix | None = None
         self.to_contrast = nn.Linear(shape.width, contrast_width)
         # a number that belongs to the language model: kept with the weights
         self.token_norm: Tensor
@@ -106,8 +130,23 @@ class BrainBridge(nn.Module):
         Only tokens that are ``present`` (batch, tokens) are attended to. With ``projection_alone`` the gradient of the former reaches the last linear layer and no further.
         """
         queries = self.q_former(tokens, present)
-        prefix = functional.normalize(self.to_language(queries.detach() if projection_alone else queries), dim=-1) * self.token_norm
-        return prefix, functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
+        vector = functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
+        if self.from_vector is not None:
+            return self.prefix_of(vector.detach()), vector
+        return self._as_tokens(self.to_language(queries.detach() if projection_alone else queries)), vector
+
+    def read_vectors(self) -> BrainBridge:
+        """Let the language model read the contrasted vector in place of the queries; gives back itself."""
+        self.from_vector = VectorPrefix(self.to_contrast.out_features, self.q_former.shape.num_queries, self.to_language.out_features)
+        return self
+
+    def prefix_of(self, vectors: Tensor) -> Tensor:
+        """(batch, queries, language width) vectors in front of the language model for (batch, contrast width) unit vectors of sentences or brains."""
+        assert self.from_vector is not None, "it speaks from queries"  # noqa: S101  (fit.speaks_from)
+        return self._as_tokens(self.from_vector(vectors))
+
+    def _as_tokens(self, vectors: Tensor) -> Tensor:
+        return functional.normalize(vectors, dim=-1) * self.token_norm
 
 
 def same_image_contrast(brains: Tensor, others: Tensor, images: Tensor, *, temperature: float) -> Tensor:

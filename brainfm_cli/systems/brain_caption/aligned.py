@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,7 +34,7 @@ Q_FORMERS: dict[str, QFormerShape] = {
     "base": QFormerShape(num_queries=16, width=256, num_layers=4, num_heads=4),
     "large": QFormerShape(),
 }
-_HIDE, _NOISE = 1, 2  # streams of the hashed random numbers
+_HIDE, _NOISE, _BLUR = 1, 2, 3  # streams of the hashed random numbers
 _MOST_TOKENS = 40  # of a caption in training
 
 
@@ -85,6 +85,12 @@ class CaptionFitSettings(Frozen):
     language_reaches: Literal["encoder", "projection"] = "encoder"
     """How far the language model's gradient goes: to the Q-Former and encoder, or to the last linear layer alone, for few and small batches whose
     gradient would undo what the contrast has taught."""
+    speaks_from: Literal["queries", "vector"] = "queries"
+    """What the language model reads: the Q-Former's queries, as published, or the vector that is contrasted with sentences. What reads a vector
+    learns to say captions from their own vectors, blurred by ``text_noise``, and no brain is needed to teach it (CapDec); brains learn by contrast."""
+    text_noise: float = Field(default=1.0, ge=0)
+    """Size of what blurs these vectors, beside the spread of captions: 1 leaves as much of the caption as of others. It should make a blurred
+    vector as unlike its caption as the vector of a brain that was never seen is."""
     hidden_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of patches that each training trial hides, others in every epoch: against learning single voxels by heart."""
     noise: float = Field(default=0.0, ge=0)
@@ -106,6 +112,14 @@ class CaptionFitSettings(Frozen):
     """What chooses the epoch: CIDEr of captions of validation pictures, or the language model's loss."""
     judged_images: int = Field(default=32, ge=2)
     """Validation pictures of each participant that choose the epoch, one trial each."""
+
+    @model_validator(mode="after")
+    def _vectors_are_taught(self) -> CaptionFitSettings:
+        if self.speaks_from == "vector" and not self.alignment:
+            raise ValueError("speaks_from=vector needs alignment: the brain's vector is learnt by contrast alone")
+        if self.speaks_from == "vector" and self.word_weight:
+            raise ValueError("speaks_from=vector has no use for word_weight: words are read off queries")
+        return self
 
 
 class CaptionRecord(FrozenTextRecord):
@@ -255,10 +269,23 @@ class AlignedCaptioner:
         if not self._contrast_alone:
             most = self.fit.language_items
             said = self.language.tokens(batch.captions[:most], longest=_MOST_TOKENS).to(prefix.device)
+            if self.fit.speaks_from == "vector" and self.model.training:
+                prefix = self.model.bridge.prefix_of(self._blurred(batch)[:most])
             terms["language"] = self.language.loss(prefix[:most], said).mean()
             if validating:
                 self._language_losses.append(float(terms["language"]))
         return terms
+
+    def _blurred(self, batch: TrialBatch) -> Tensor:
+        """(batch, width) unit vectors of the batch's captions or pictures, blurred like what a brain tells of them.
+
+        The blur is a random sum of the other vectors' differences from their mean, so that it varies as sentences do: what a brain
+        tells wrongly is another thing or place, and not noise that no sentence has.
+        """
+        wanted = torch.stack([self.targets[one] for one in (batch.names if self.by_image else batch.captions)]).to(batch.responses)
+        count = len(wanted)
+        blur = hashed_normal(batch.keys, (count,), stream=_BLUR).to(wanted) @ (wanted - wanted.mean(dim=0)) / count**0.5
+        return functional.normalize(wanted + self.fit.text_noise * blur, dim=1)
 
     def _read(self, batch: TrialBatch) -> tuple[Tensor, Tensor]:
         """As in use, with what is hidden and the noise of training; both depend on the trial and the epoch alone."""
@@ -386,6 +413,8 @@ def _module(
         contrast_width=contrast_width,
         token_norm=language.token_norm,
     )
+    if fit.speaks_from == "vector":
+        bridge.read_vectors()
     module = CaptionModule(shape, {name: Viewer(places_mm=torch.zeros(one.voxels, 3)) for name, one in viewers.items()}, bridge)
     if fit.lora:
         module.language_parts.update(language.adapt(fit.lora))  # the same parameters, so that they are trained and saved with the rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from brainfm_cli.bids.derivatives import write_json, write_text
 from brainfm_cli.documents import read_json
-from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InternalError
+from brainfm_cli.errors import CheckpointMismatchError, InputDatasetError, InternalError, UsageError
 from brainfm_cli.learning.checkpoints import (
     ModelConfig,
     ViewerRecord,
@@ -118,6 +119,11 @@ def prepare_alignment(
     targets = sentence_targets(sentences, [text for said in captions.values() for text in said])
     bank = _bank(source, targets)
     width = sentences.width
+    if pictures is not None and fit.speaks_from == "vector":
+        raise UsageError(
+            "brains are contrasted with pictures, and no caption has a picture's vector to learn from (fit.speaks_from=vector)",
+            fix="contrast with sentences (without vision), or set fit.speaks_from=queries",
+        )
     if pictures is not None:
         absent = sorted(set(captions) - set(pictures))
         if absent:
@@ -185,7 +191,8 @@ def prepare_person(
     targets = sentence_targets(sentences, [text for said in captions.values() for text in said])
     if captioner.fit.alignment and record.contrast_with == "sentences":
         captioner.targets, captioner.by_image = _sentence_targets(captioner.fit, captions, targets)
-    captioner.fit = captioner.fit.model_copy(update={"contrast_epochs": 0.0})
+    # what reads vectors has learnt to from text: a person has nothing to learn through the language model
+    captioner.fit = captioner.fit.model_copy(update={"contrast_epochs": math.inf if captioner.fit.speaks_from == "vector" else 0.0})
     captioner.score = _judge(captioner, cohort, source)
     config = _with_split(read_model_config(model_dir), split).model_copy(
         update={"viewers": captioner.viewers, "tuning": {"kind": "participants", "participants": list(participants), "share": share}}
