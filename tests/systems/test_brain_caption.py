@@ -168,7 +168,8 @@ def test_what_reads_vectors_learns_from_text_alone(
     prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder
 ) -> None:
     batch, before = first_batch(prepared.source), language.fingerprint()
-    made = captioner(prepared, language, sentences, speaks_from="vector", text_noise=0.5)
+    made = captioner(prepared, language, sentences, speaks_from="vector", text_noise=0.5, lora_rate=3.0)
+    assert made.rate_factor("bridge.from_vector.expand.weight", 0.0) == 3.0
     made.model.train()
     terms = made.losses(batch, epoch=0.0)
     other = replace(batch, responses=torch.randn_like(batch.responses))

@@ -99,7 +99,8 @@ class CaptionFitSettings(Frozen):
     """Rank of weights that are added to queries and values of the language model and trained too; 0 is the published design, which trains what
     stands in front of it alone. Its own weights stay as they are."""
     lora_rate: float = Field(default=1.0, gt=0)
-    """Learning rate of these weights as a multiple: they are fresh when the schedule's rate has already fallen, after ``contrast_epochs``."""
+    """Learning rate of these weights, and of what reads vectors, as a multiple: they are fresh when the schedule's rate has already fallen, after
+    ``contrast_epochs``."""
     language_items: int | None = Field(default=None, ge=1)
     """Trials of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
     encoder_frozen: float = Field(default=0.1, ge=0, le=1)
@@ -244,7 +245,7 @@ class AlignedCaptioner:
 
     def rate_factor(self, name: str, progress: float) -> float:
         """A pretrained encoder trains later and slower than the bridge, unless the bridge is frozen, as when a person is added."""
-        if name.startswith("language_parts."):
+        if name.startswith(("language_parts.", "bridge.from_vector.")):
             return self.fit.lora_rate
         alone = not next(self.model.bridge.parameters()).requires_grad
         if alone or not (self.fit.pretrained and name.startswith("encoder.")):
