@@ -12,6 +12,7 @@ learns from text alone and is then given the brain's vector (CapDec, Nukrai et a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch.nn import functional
 from brainfm_cli.models.attention import NO_BIAS
 from brainfm_cli.models.graph_encoder import TransformerLayer
 
+VectorKind = Literal["brain", "sentence"]
+_REMEMBERED = 100.0  # batches in a running mean
 _HIDDEN = 512  # of the network that reads a vector
 
 
@@ -94,18 +97,35 @@ class QFormer(nn.Module):
 
 
 class VectorPrefix(nn.Module):
-    """One unit vector, of a sentence or of a brain, to vectors for a language model."""
+    """One unit vector, of a sentence or of a brain, to vectors for a language model.
+
+    Contrast leaves open where the brains' vectors lie as a whole, and sentences share a direction that brains do not have (the modality gap,
+    Liang et al. 2022): each kind is therefore taken from the mean of its own kind, which training keeps count of.
+    """
 
     def __init__(self, width: int, num_vectors: int, language_width: int) -> None:
         super().__init__()
         self.num_vectors, self.width = num_vectors, width
         self.expand = nn.Linear(width, _HIDDEN)
         self.contract = nn.Linear(_HIDDEN, num_vectors * language_width)
+        for kind in ("brain", "sentence"):
+            self.register_buffer(f"mean_{kind}", torch.zeros(width))
+            self.register_buffer(f"batches_{kind}", torch.zeros(()))
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, kind: VectorKind) -> Tensor:
         """(batch, vectors, language width) from (batch, width) unit vectors."""
-        hidden = functional.gelu(self.expand(vectors * self.width**0.5))  # entries of unit variance
+        centred = functional.normalize(vectors - self.get_buffer(f"mean_{kind}"), dim=-1)
+        hidden = functional.gelu(self.expand(centred * self.width**0.5))  # entries of unit variance
         return self.contract(hidden).unflatten(1, (self.num_vectors, -1))
+
+    @torch.no_grad()
+    def count(self, vectors: Tensor, kind: VectorKind) -> None:
+        """Take (batch, width) vectors of training into the mean of their kind: of all batches, or of about the last hundred of many."""
+        if not self.expand.weight.requires_grad:  # a person is added to what others have learnt
+            return
+        batches = self.get_buffer(f"batches_{kind}").add_(1)
+        mean = self.get_buffer(f"mean_{kind}")
+        mean += (vectors.mean(dim=0).to(mean) - mean) / batches.clamp_max(_REMEMBERED)
 
 
 class BrainBridge(nn.Module):
@@ -132,7 +152,9 @@ class BrainBridge(nn.Module):
         queries = self.q_former(tokens, present)
         vector = functional.normalize(self.to_contrast(queries.mean(dim=1)), dim=-1)
         if self.from_vector is not None:
-            return self.prefix_of(vector.detach()), vector
+            if self.training:
+                self.from_vector.count(vector.detach(), "brain")
+            return self.prefix_of(vector.detach(), "brain"), vector
         return self._as_tokens(self.to_language(queries.detach() if projection_alone else queries)), vector
 
     def read_vectors(self) -> BrainBridge:
@@ -140,10 +162,10 @@ class BrainBridge(nn.Module):
         self.from_vector = VectorPrefix(self.to_contrast.out_features, self.q_former.shape.num_queries, self.to_language.out_features)
         return self
 
-    def prefix_of(self, vectors: Tensor) -> Tensor:
+    def prefix_of(self, vectors: Tensor, kind: VectorKind) -> Tensor:
         """(batch, queries, language width) vectors in front of the language model for (batch, contrast width) unit vectors of sentences or brains."""
-        assert self.from_vector is not None, "it speaks from queries"  # noqa: S101  (fit.speaks_from)
-        return self._as_tokens(self.from_vector(vectors))
+        assert self.from_vector is not None  # noqa: S101  (fit.speaks_from)
+        return self._as_tokens(self.from_vector(vectors, kind))
 
     def _as_tokens(self, vectors: Tensor) -> Tensor:
         return functional.normalize(vectors, dim=-1) * self.token_norm

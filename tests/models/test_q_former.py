@@ -64,3 +64,27 @@ def test_rows_of_one_image_are_no_negatives() -> None:
     assert float(together) == pytest.approx(float(told_apart), rel=0.2)  # the two cannot be told apart either way …
     worse = same_image_contrast(brains, torch.cat([vector, -vector, apart]), images, temperature=0.05)
     assert float(worse) > float(together) + 1.0  # … but a positive that lies elsewhere costs
+
+
+def test_each_kind_of_vector_is_taken_from_its_own_mean() -> None:
+    torch.manual_seed(0)
+    bridge = BrainBridge(TINY, token_width=24, language_width=40, contrast_width=12, token_norm=2.0).read_vectors()
+    reader, sentences = bridge.from_vector, torch.randn(64, 12)
+    assert reader is not None
+    brains = sentences + 3.0 * torch.randn(12)  # the same but for where they lie
+    for kind, vectors in (("brain", brains), ("sentence", sentences)):
+        for part in vectors.split(16):
+            reader.count(part, kind)
+    torch.testing.assert_close(reader.mean_brain, brains.mean(dim=0))
+    torch.testing.assert_close(bridge.prefix_of(brains, "brain"), bridge.prefix_of(sentences, "sentence"), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(bridge.prefix_of(brains, "sentence"), bridge.prefix_of(sentences, "sentence"), atol=1e-2)
+    tokens = torch.randn(4, 5, 24)
+    before = reader.mean_brain.clone()
+    bridge.eval()(tokens)
+    torch.testing.assert_close(reader.mean_brain, before)  # use changes nothing
+    bridge.train()(tokens)
+    assert not torch.allclose(reader.mean_brain, before)
+    before = reader.mean_brain.clone()
+    reader.requires_grad_(requires_grad=False)  # as when a person is added
+    bridge(tokens)
+    torch.testing.assert_close(reader.mean_brain, before)

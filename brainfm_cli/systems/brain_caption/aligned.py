@@ -99,8 +99,7 @@ class CaptionFitSettings(Frozen):
     """Rank of weights that are added to queries and values of the language model and trained too; 0 is the published design, which trains what
     stands in front of it alone. Its own weights stay as they are."""
     lora_rate: float = Field(default=1.0, gt=0)
-    """Learning rate of these weights, and of what reads vectors, as a multiple: they are fresh when the schedule's rate has already fallen, after
-    ``contrast_epochs``."""
+    """Learning rate of these weights as a multiple: they are fresh when the schedule's rate has already fallen, after ``contrast_epochs``."""
     language_items: int | None = Field(default=None, ge=1)
     """Trials of each batch that go through the language model, the first ones; all where unset. Contrast wants large batches, a CPU small ones."""
     encoder_frozen: float = Field(default=0.1, ge=0, le=1)
@@ -118,8 +117,6 @@ class CaptionFitSettings(Frozen):
     def _vectors_are_taught(self) -> CaptionFitSettings:
         if self.speaks_from == "vector" and not self.alignment:
             raise ValueError("speaks_from=vector needs alignment: the brain's vector is learnt by contrast alone")
-        if self.speaks_from == "vector" and self.word_weight:
-            raise ValueError("speaks_from=vector has no use for word_weight: words are read off queries")
         return self
 
 
@@ -245,7 +242,7 @@ class AlignedCaptioner:
 
     def rate_factor(self, name: str, progress: float) -> float:
         """A pretrained encoder trains later and slower than the bridge, unless the bridge is frozen, as when a person is added."""
-        if name.startswith(("language_parts.", "bridge.from_vector.")):
+        if name.startswith("language_parts."):
             return self.fit.lora_rate
         alone = not next(self.model.bridge.parameters()).requires_grad
         if alone or not (self.fit.pretrained and name.startswith("encoder.")):
@@ -258,6 +255,8 @@ class AlignedCaptioner:
         self._epoch = self._epoch if validating else epoch
         self.language.to(batch.responses.device)
         prefix, brains = self._read(batch) if self.model.training else self.model(batch.participant, batch.responses)
+        if self.fit.speaks_from == "vector" and self.model.training:
+            prefix = self._from_text(batch)
         terms: dict[str, Tensor] = {}
         if self.fit.alignment and self.targets:
             wanted = batch.names if self.by_image else batch.captions
@@ -270,12 +269,17 @@ class AlignedCaptioner:
         if not self._contrast_alone:
             most = self.fit.language_items
             said = self.language.tokens(batch.captions[:most], longest=_MOST_TOKENS).to(prefix.device)
-            if self.fit.speaks_from == "vector" and self.model.training:
-                prefix = self.model.bridge.prefix_of(self._blurred(batch)[:most])
             terms["language"] = self.language.loss(prefix[:most], said).mean()
             if validating:
                 self._language_losses.append(float(terms["language"]))
         return terms
+
+    def _from_text(self, batch: TrialBatch) -> Tensor:
+        """(batch, queries, language width) what the language model learns from where it reads vectors."""
+        vectors, bridge = self._blurred(batch), self.model.bridge
+        assert bridge.from_vector is not None  # noqa: S101  (fit.speaks_from)
+        bridge.from_vector.count(vectors, "sentence")
+        return bridge.prefix_of(vectors, "sentence")
 
     def _blurred(self, batch: TrialBatch) -> Tensor:
         """(batch, width) unit vectors of the batch's captions or pictures, blurred like what a brain tells of them.
