@@ -63,10 +63,11 @@ def run_fold(root: Path, trials: Path, fold: int, seed: int, llm: str, arguments
     (model,) = (out / "pretrained" / "models").iterdir()
     fit = [
         "fit.judge=loss",
-        "fit.contrast_epochs=16",
+        "fit.contrast_epochs=12",
         "fit.contrast_weight=1",
         "fit.speaks_from=vector",  # some 70 blocks teach no language model; the templates' own vectors do
         "fit.text_noise=0.3",
+        "fit.word_weight=1",
         "fit.encoder_frozen=0",
         "fit.encoder_rate=1",
         "fit.hidden_share=0.2",
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--llm", default="smollm2-135m-instruct")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--folds", type=int, default=4)
     arguments = parser.parse_args()
     source, trials = write_derivative(arguments.data, arguments.out / "derivative"), arguments.out / "trials"
