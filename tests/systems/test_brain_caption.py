@@ -297,6 +297,18 @@ def test_words_are_read_off_the_prefix(language: CausalLanguageModel) -> None:
     assert torch.isfinite(prefix.grad).all()
 
 
+def test_words_are_read_in_half_precision_too(language: CausalLanguageModel) -> None:
+    words = CaptionWords(language, ["a red dog", "a blue cat"], temperature=0.01)
+    named = language.tokens(["red dog"], end=False).ids[0]
+    prefix = language.vectors(named)[None].clone().requires_grad_()
+    plain = words.loss(prefix, ["a red dog"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = words.loss(prefix, ["a red dog"])
+    torch.testing.assert_close(found, plain)
+    found.backward()
+    assert torch.isfinite(prefix.grad).all()  # type: ignore[arg-type]
+
+
 def test_viewings_average_repeats(prepared: PreparedEncoder, cohort: VoxelCohort) -> None:
     (trials,) = select_trials(cohort, prepared.split, ["01"], "test")
     averaged, single = list_viewings(trials, "repeats"), list_viewings(trials, "none")

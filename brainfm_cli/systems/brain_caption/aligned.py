@@ -188,6 +188,10 @@ class CaptionWords:
     def loss(self, prefix: Tensor, captions: Sequence[str]) -> Tensor:
         """Of (batch, queries, width) vectors and the caption of each; tokens that training never had count for nothing."""
         device = prefix.device
+        with torch.autocast(device.type, enabled=False):  # in half precision a token that is surely named has a probability of one
+            return self._loss(prefix, captions, device)
+
+    def _loss(self, prefix: Tensor, captions: Sequence[str], device: torch.device) -> Tensor:
         vectors = functional.normalize(self._language.vectors(self.ids.to(self._language.device)).float(), dim=1).to(device)
         named = (functional.normalize(prefix.float(), dim=2) @ vectors.T / self._temperature).log_softmax(dim=2).exp()
         missed = torch.log1p(-named.clamp_max(1 - 1e-6)).sum(dim=1)  # no query names the token
