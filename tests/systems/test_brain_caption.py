@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from brainfm_cli.bids.voxel_cohort import VoxelCohort
-from brainfm_cli.errors import SettingsError
+from brainfm_cli.errors import CheckpointMismatchError, SettingsError
+from brainfm_cli.learning.checkpoints import load_weights, write_tensors
 from brainfm_cli.learning.image_split import ImageSplitSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import TrialBatch, TrialBatches, select_trials
@@ -185,6 +186,27 @@ def test_what_reads_vectors_learns_from_text_alone(
     assert float(own) != float(foreign)  # in use the brain's vector is read
     prefix, vectors = made.model(batch.participant, batch.responses)
     torch.testing.assert_close(prefix, made.model.bridge.prefix_of(vectors, "brain"))
+
+
+def test_what_reads_vectors_is_in_the_weights(
+    prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder, tmp_path: Path
+) -> None:
+    batch = first_batch(prepared.source)
+    made, again = (captioner(prepared, language, sentences, speaks_from="vector") for _ in range(2))
+    made.model.train()
+    for epoch in range(3):  # means are taken of both kinds
+        made.losses(replace(batch, keys=batch.keys + epoch), epoch=float(epoch))
+    made.model.eval()
+    again.model.eval()
+    before = again.model(batch.participant, batch.responses)[0]
+    load_weights(again.model, write_tensors(tmp_path / "model.safetensors", made.model.state_dict()))
+    found, wanted = (one.model(batch.participant, batch.responses)[0] for one in (again, made))
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(before, wanted)
+    published = captioner(prepared, language, sentences)  # what an earlier version wrote
+    assert not any(name.startswith("bridge.from_vector") for name in published.model.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"bridge\.from_vector"):
+        load_weights(again.model, write_tensors(tmp_path / "published.safetensors", published.model.state_dict()))
 
 
 def test_blurred_vectors_are_as_unlike_as_asked(prepared: PreparedEncoder, language: CausalLanguageModel, sentences: TextEncoder) -> None:
