@@ -33,6 +33,8 @@ PENALTIES = tuple(float(value) for value in np.logspace(-2, 3, 11))
 """Ridge penalties tried, relative to kernels whose mean diagonal is 1."""
 SMALLEST_SLOPE = 0.05
 """Calibration may not turn a score around: on small samples held-out scores lean against the labels by chance."""
+SLOPE_PEOPLE = 10
+"""A slope on a continuous target is drawn towards 0 as by so many people in whom score and target have nothing to do with each other."""
 SMALLEST_WEIGHT = 0.02
 """Heads with less weight are left out of the average."""
 
@@ -359,7 +361,11 @@ def _agreement(scores: Matrix, outcome: Outcome, folds: Folds, belief: Told | No
         ratio = belief.people / sum(len(part) for _, part in folds)
         product += ratio * belief.correlation * np.sqrt(score_square * target_square)
         score_square, target_square = (1 + ratio) * score_square, (1 + ratio) * target_square
-    return product / np.sqrt(score_square * target_square), max(product / score_square, 0.0)
+    slope = max(product / score_square, 0.0)
+    if outcome.num_classes == 0:  # a prior on the slope; of classes, calibration finds the slope
+        people = sum(len(part) for _, part in folds)
+        slope *= people / (people + SLOPE_PEOPLE)
+    return product / np.sqrt(score_square * target_square), slope
 
 
 def _calibrate(scores: Matrix, outcome: Outcome) -> tuple[float, Matrix]:

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
+from brainfm_cli.learning import head_fit
 from brainfm_cli.learning.head_fit import PENALTIES, SMALLEST_SLOPE, Choice, Component, Outcome, Told, choose, fit, probabilities_of
 
 PEOPLE = 60
@@ -371,3 +372,23 @@ def test_probabilities_of_scores() -> None:
     np.testing.assert_allclose(probabilities_of(scores, 1.5, np.array([0.25]))[:, 1], expected)
     three = np.array([[1.0, 2.0, 3.0]])
     np.testing.assert_allclose(probabilities_of(three, 1.0, np.zeros(3)), np.exp(three) / np.exp(three).sum())
+
+
+def test_few_people_give_no_steep_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def excess(seed: int) -> float:
+        """Squared error on new people, over that of the training people's mean; the blocks tell nothing."""
+        rng = np.random.default_rng(seed)
+        outcome = Outcome(values=rng.normal(10, 3, 200), num_classes=0)
+        blocks = {name: rng.normal(size=(200, 50)).astype(np.float32) for name in ("a", "b", "c")}
+        few, new = np.arange(6), np.arange(6, 200)
+        part = {name: values[few] for name, values in blocks.items()}
+        folds = [(np.setdiff1d(few, pair), pair) for pair in np.split(few, 3)]
+        head = fit(part, outcome.take(few), choose(part, [], outcome.take(few), folds))
+        error = head.predict({name: values[new] for name, values in blocks.items()})[:, 0] - outcome.values[new]
+        return float(np.mean(error**2) / np.mean((outcome.values[few].mean() - outcome.values[new]) ** 2))
+
+    kept = np.mean([excess(seed) for seed in range(20)])
+    monkeypatch.setattr(head_fit, "SLOPE_PEOPLE", 0)
+    free = np.mean([excess(seed) for seed in range(20)])
+    assert kept < 2
+    assert free > 2 * kept
