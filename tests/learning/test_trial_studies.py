@@ -64,7 +64,8 @@ def test_parts_of_a_trial_run_apart_share_their_folds_and_are_joined(model: Path
     knows = [row["scores"]["analgesia"][trials.ATTAINABLE] for row in rows]
     assert knows[0] == knows[1]  # the same people and folds
     assert knows[0]["pearson_r"] > 0.3
-    (joined,) = trials.joined([*rows, {**rows[0], "seed": 4}])[3.0]  # the other trial has one part only
+    (world,) = trials.joined([*rows, {**rows[0], "seed": 4}]).values()
+    (joined,) = world  # the other trial has one part only
     for name in ("both", "series only", "connectivity only", "linear probe, network connectivity", *(NAMES[kind] for kind in rivals.kinds)):
         assert joined["scores"]["response"][name]["auroc"] is not None, name
     assert "trial_response" in joined
