@@ -22,8 +22,17 @@ from brainfm_cli.bids.inputs import list_participants
 from brainfm_cli.bids.reports import find_reports, read_reports
 from brainfm_cli.bids.slice_cohort import SliceCohort
 from brainfm_cli.config import Selection
-from brainfm_cli.learning.radiology_reports import language_of, said_of
-from brainfm_cli.learning.report_tasks import DISEASE, PRESENT, closed_truth, facts_sentence, report_answer, report_question, restated
+from brainfm_cli.learning.radiology_reports import said_of
+from brainfm_cli.learning.report_tasks import (
+    DISEASE,
+    PRESENT,
+    closed_truth,
+    facts_sentence,
+    language_written_in,
+    report_answer,
+    report_question,
+    restated,
+)
 from brainfm_cli.learning.uncertainty import resample_weights
 from brainfm_cli.signals.slice_packing import SliceSettings
 from brainfm_cli.signals.study_facts import study_facts
@@ -44,7 +53,7 @@ def read(model: Path, raw: Path, cohort: SliceCohort, *, diseases: bool) -> pd.D
     rows = []
     for label in people:
         report = reports[label]
-        written_in = report.language or language_of(report.text)
+        written_in = language_written_in(report)
         if loaded.record.restated:
             report = restated(report)
         facts = study_facts(raw, label, Selection(), SliceSettings(), ()) if loaded.record.fit.facts else None

@@ -30,7 +30,7 @@ from brainfm_cli.models import attention
 from brainfm_cli.systems.brain_graph import BrainGraphSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 FRAMES = 200
 COUNTED = 4
@@ -101,6 +101,11 @@ def beside_floor(
     return seconds, mean, ratio
 
 
+def total_loss(system: Any, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The terms of a loss as training weighs them."""
+    return torch.stack([system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]).sum()
+
+
 def counted_flops(work: Callable[[], None]) -> float:
     """Floating-point operations of a call, with torch's own attention, so that nothing computed twice counts twice."""
     with (
@@ -141,7 +146,7 @@ def calls_of(
         module.train()
         with half:
             terms = system.losses(data, epoch=1.0)
-        loss = torch.stack([system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]).sum()
+        loss = total_loss(system, terms)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

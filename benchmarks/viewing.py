@@ -33,7 +33,7 @@ from brainfm_cli.bids.voxel_cohort import VoxelCohort
 from brainfm_cli.config import Execution
 from brainfm_cli.learning.checkpoints import read_tensors, write_tensors
 from brainfm_cli.learning.device import choose_device
-from brainfm_cli.learning.image_split import ImageSplitSettings
+from brainfm_cli.learning.image_split import ImageSplit, ImageSplitSettings
 from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings
 from brainfm_cli.learning.pretraining import PretrainingSettings
 from brainfm_cli.learning.voxel_samples import select_trials
@@ -238,8 +238,7 @@ class Runner:
         """(picture, caption, rank of the own picture among the test pictures) of every viewing of test pictures, by participant."""
         cohort, found = self.study.cohort, {}
         captioner.model.to(choose_device(self.arguments.device))  # training leaves it on the CPU
-        split = read_split(next((self.runs / "models").glob("encoder-*")), cohort)
-        for trials in select_trials(cohort, split, people, "test"):
+        for trials in select_trials(cohort, self._split, people, "test"):
             pictures = [one.name for one in list_viewings(trials, "repeats")]
             most = 1 if self.arguments.nearest else self.arguments.max_tokens
             spoken = speak(captioner, cohort, list_viewings(trials, average), altered=altered, beams=self.arguments.beams, max_tokens=most, batch_size=self.arguments.speak_batch, choice=self._choice(captioner))  # fmt: skip
@@ -256,11 +255,18 @@ class Runner:
             found[trials.participant] = rows
         return found
 
+    @property
+    def _split(self) -> ImageSplit:
+        return read_split(next((self.runs / "models").glob("encoder-*")), self.study.cohort)
+
+    def _reads_sentences(self, captioner: AlignedCaptioner) -> bool:
+        """Whether the model was contrasted with sentences, and not with pictures."""
+        return captioner.model.bridge.to_contrast.out_features == self.study.sentences.width
+
     def _nearest(self, captioner: AlignedCaptioner, spoken: Sequence[Spoken]) -> list[Spoken]:
         """The same with the training caption nearest to the brain's vector, or of the training picture nearest to it, in place of what was said."""
-        stimuli, split = self.study.cohort.stimuli, read_split(next((self.runs / "models").glob("encoder-*")), self.study.cohort)
-        names = sorted(split.names("train"))
-        if captioner.model.bridge.to_contrast.out_features == self.study.sentences.width:
+        stimuli, names = self.study.cohort.stimuli, sorted(self._split.names("train"))
+        if self._reads_sentences(captioner):
             texts = [text for name in names for text in stimuli[name].captions[: captioner.fit.captions_per_image]]
             vectors = self.study.sentences.sentences(texts)
         else:
@@ -270,7 +276,7 @@ class Runner:
         return [replace(one, caption=bank.nearest(one.vector[None].cpu())[0][0]) for one in spoken]
 
     def _choice(self, captioner: AlignedCaptioner) -> BeamChoice | None:
-        if self.sentences is None or not captioner.fit.alignment or captioner.model.bridge.to_contrast.out_features != self.sentences.width:
+        if self.sentences is None or not captioner.fit.alignment or not self._reads_sentences(captioner):
             return None
         return BeamChoice(sentences=self.sentences, weight=self.arguments.vector_weight)
 
@@ -278,7 +284,7 @@ class Runner:
         """Vectors of pictures that the model's are compared with; none where nothing was contrasted."""
         if not captioner.fit.alignment:
             return None
-        if captioner.model.bridge.to_contrast.out_features == self.study.sentences.width:
+        if self._reads_sentences(captioner):
             stimuli = self.study.cohort.stimuli
             captions = {name: stimuli[name].captions for name in pictures}
             texts = [text for said in captions.values() for text in said]

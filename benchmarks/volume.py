@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pretrain import beside_floor, counted_flops, matmul_rate
+from pretrain import beside_floor, counted_flops, matmul_rate, total_loss
 from torch import nn
 
 from brainfm_cli.bids.slice_cohort import PackedScan, SliceCohort, write_index, write_participant
@@ -75,7 +75,7 @@ def measure(preset: str, batch: int, size: int | None, dims: int, device: torch.
         module.train()
         with half:
             terms = system.losses(given, epoch=0.0)
-        loss = torch.stack([system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]).sum()
+        loss = total_loss(system, terms)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -140,10 +140,7 @@ def stream(count: int, preset: str, batch: int, steps: int) -> dict[str, Any]:
         for place in range(steps):
             given = epoch[place]
             people |= set(given.participant.tolist())
-            terms = system.losses(given, epoch=0.0)
-            loss = torch.stack(
-                [system.loss_weights[name] * value for name, value in terms.items() if not name.startswith("monitor_")]
-            ).sum()
+            loss = total_loss(system, system.losses(given, epoch=0.0))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

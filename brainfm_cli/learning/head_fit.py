@@ -348,6 +348,7 @@ def _agreement(scores: Matrix, outcome: Outcome, folds: Folds, belief: Told | No
     people of the same spreads in whom the correlation was as believed.
     """
     weights, targets = outcome.weights(), outcome.targets()
+    people = sum(len(part) for _, part in folds)
     product = score_square = target_square = 0.0
     for _, part in folds:
         share = weights[part] / weights[part].sum()
@@ -358,12 +359,11 @@ def _agreement(scores: Matrix, outcome: Outcome, folds: Folds, belief: Told | No
     if score_square <= 0 or target_square <= 0:
         return 0.0, 0.0
     if belief is not None:
-        ratio = belief.people / sum(len(part) for _, part in folds)
+        ratio = belief.people / people
         product += ratio * belief.correlation * np.sqrt(score_square * target_square)
         score_square, target_square = (1 + ratio) * score_square, (1 + ratio) * target_square
     slope = max(product / score_square, 0.0)
     if outcome.num_classes == 0:  # a prior on the slope; of classes, calibration finds the slope
-        people = sum(len(part) for _, part in folds)
         slope *= people / (people + SLOPE_PEOPLE)
     return product / np.sqrt(score_square * target_square), slope
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from brainfm_cli.bids.reports import Conversation, StudyReport
-from brainfm_cli.learning.radiology_reports import Finding, affirmed, parse_report, plain_words, said_of
+from brainfm_cli.learning.radiology_reports import Finding, affirmed, language_of, parse_report, plain_words, said_of
 
 if TYPE_CHECKING:
     from brainfm_cli.signals.lesions import LesionFacts
@@ -104,6 +104,11 @@ def _word(question: str, finding: Finding | None) -> str:
     if finding is None:
         return ""
     return {DISEASE: finding.disease, SIDE: finding.side or "", PLACE: finding.places[0] if finding.places else ""}[question]
+
+
+def language_written_in(report: StudyReport) -> str:
+    """The language that the dataset states of a report, or the one that its words are in."""
+    return report.language or language_of(report.text)
 
 
 def restated(report: StudyReport) -> StudyReport:

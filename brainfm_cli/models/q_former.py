@@ -12,7 +12,7 @@ learns from text alone and is then given the brain's vector (CapDec, Nukrai et a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class VectorPrefix(nn.Module):
         self.num_vectors, self.width = num_vectors, width
         self.expand = nn.Linear(width, _HIDDEN)
         self.contract = nn.Linear(_HIDDEN, num_vectors * language_width)
-        for kind in ("brain", "sentence"):
+        for kind in get_args(VectorKind):
             self.register_buffer(f"mean_{kind}", torch.zeros(width))
             self.register_buffer(f"batches_{kind}", torch.zeros(()))
 

@@ -22,7 +22,7 @@ from brainfm_cli.learning.checkpoints import copy_backbone, model_files, read_mo
 from brainfm_cli.learning.device import choose_device
 from brainfm_cli.learning.loop import OptimiserSettings, ScheduleSettings, train
 from brainfm_cli.learning.radiology_reports import known_diseases, language_of
-from brainfm_cli.learning.report_tasks import main_finding, restated
+from brainfm_cli.learning.report_tasks import language_written_in, main_finding, restated
 from brainfm_cli.learning.scan_tuning import TuningPeople, divide_for_tuning
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.tuned import read_seen
@@ -248,7 +248,7 @@ def _told(
     told = {label: everything[label] for label in chosen if label in everything}
     if len(told) < _LEAST_PEOPLE:
         raise InputDatasetError(f"{len(told)} people have slices and a report: {_LEAST_PEOPLE} are needed", where=path, fix="give more reports or scans")  # fmt: skip
-    written_in = {label: report.language or language_of(report.text) for label, report in told.items()}
+    written_in = {label: language_written_in(report) for label, report in told.items()}
     if settings.written_in == "en":
         told = {label: restated(report) for label, report in told.items()}
     mixed = sum(language_of(report.text) == "mixed" for report in told.values())
@@ -263,7 +263,7 @@ def _told(
 def _by_language(told: Mapping[str, StudyReport]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for report in told.values():
-        found.setdefault(report.language or language_of(report.text), []).append(report.text)
+        found.setdefault(language_written_in(report), []).append(report.text)
     return found
 
 

@@ -20,9 +20,9 @@ from brainfm_cli.bids.reports import StudyReport, find_reports, read_reports
 from brainfm_cli.bids.units import Unit, UnitResult, run_units
 from brainfm_cli.errors import InputDatasetError
 from brainfm_cli.learning.checkpoints import model_files, read_provenance
-from brainfm_cli.learning.radiology_reports import language_of, write_report
+from brainfm_cli.learning.radiology_reports import write_report
 from brainfm_cli.learning.report_scores import report_scores
-from brainfm_cli.learning.report_tasks import CLOSED, closed_answer, closed_truth, main_finding, parts_of, restated
+from brainfm_cli.learning.report_tasks import CLOSED, closed_answer, closed_truth, language_written_in, main_finding, parts_of, restated
 from brainfm_cli.learning.splits import participant_hash
 from brainfm_cli.learning.text_scores import TextScore, mean_of
 from brainfm_cli.reports.study_reports import study_reports_page
@@ -130,7 +130,7 @@ def _read(
 ) -> tuple[_Scored, tuple[str, ...]]:
     loaded = load(model, device, settings.llm)
     everything = read_reports(path, list_participants(raw))
-    written_in = {label: report.language or language_of(report.text) for label, report in everything.items()}
+    written_in = {label: language_written_in(report) for label, report in everything.items()}
     if loaded.record.restated:
         everything = {label: restated(report) for label, report in everything.items()}
     said = {label: read_report(root, label) for label in people}

@@ -18,7 +18,7 @@ from brainfm_cli.learning.alignment import FrozenTextRecord
 from brainfm_cli.learning.checkpoints import ViewerRecord, load_weights, read_model_config
 from brainfm_cli.learning.voxel_samples import TrialBatch
 from brainfm_cli.models.causal_language import CausalLanguageModel, Generated, load_language_model
-from brainfm_cli.models.graphs import hashed_normal, hashed_uniform
+from brainfm_cli.models.graphs import full_precision, hashed_normal, hashed_uniform
 from brainfm_cli.models.language import TextEncoder, load_text_encoder
 from brainfm_cli.models.q_former import BrainBridge, QFormerShape, same_image_contrast
 from brainfm_cli.models.voxel_encoder import Viewer, VoxelEncoder, VoxelScale, VoxelShape, choose_hidden_patches, cut_voxels
@@ -188,12 +188,10 @@ class CaptionWords:
     def loss(self, prefix: Tensor, captions: Sequence[str]) -> Tensor:
         """Of (batch, queries, width) vectors and the caption of each; tokens that training never had count for nothing."""
         device = prefix.device
-        with torch.autocast(device.type, enabled=False):  # in half precision a token that is surely named has a probability of one
-            return self._loss(prefix, captions, device)
-
-    def _loss(self, prefix: Tensor, captions: Sequence[str], device: torch.device) -> Tensor:
         vectors = functional.normalize(self._language.vectors(self.ids.to(self._language.device)).float(), dim=1).to(device)
-        named = (functional.normalize(prefix.float(), dim=2) @ vectors.T / self._temperature).log_softmax(dim=2).exp()
+        with full_precision(device):  # in half precision a token that is surely named has a probability of one
+            cosines = functional.normalize(prefix.float(), dim=2) @ vectors.T
+        named = (cosines / self._temperature).log_softmax(dim=2).exp()
         missed = torch.log1p(-named.clamp_max(1 - 1e-6)).sum(dim=1)  # no query names the token
         weights = torch.stack([self._weights_of(text) for text in captions]).to(device)
         found = torch.log(-torch.expm1(missed.clamp_max(-1e-7)))
@@ -263,8 +261,7 @@ class AlignedCaptioner:
             prefix = self._from_text(batch)
         terms: dict[str, Tensor] = {}
         if self.fit.alignment and self.targets:
-            wanted = batch.names if self.by_image else batch.captions
-            others = torch.stack([self.targets[one] for one in wanted]).to(brains)
+            others = self._targets_of(batch).to(brains)
             terms["contrast"] = same_image_contrast(brains, others, batch.images, temperature=self.fit.temperature)
             found = batch.images[(brains.detach() @ others.T).argmax(dim=1)] == batch.images
             terms["monitor_told_apart"] = found.float().mean()
@@ -277,6 +274,10 @@ class AlignedCaptioner:
             if validating:
                 self._language_losses.append(float(terms["language"]))
         return terms
+
+    def _targets_of(self, batch: TrialBatch) -> Tensor:
+        """(batch, width) vectors that the trials are contrasted with."""
+        return torch.stack([self.targets[one] for one in (batch.names if self.by_image else batch.captions)])
 
     def _from_text(self, batch: TrialBatch) -> Tensor:
         """(batch, queries, language width) what the language model learns from where it reads vectors."""
@@ -291,7 +292,7 @@ class AlignedCaptioner:
         The blur is a random sum of the other vectors' differences from their mean, so that it varies as sentences do: what a brain
         tells wrongly is another thing or place, and not noise that no sentence has.
         """
-        wanted = torch.stack([self.targets[one] for one in (batch.names if self.by_image else batch.captions)]).to(batch.responses)
+        wanted = self._targets_of(batch).to(batch.responses)
         count = len(wanted)
         blur = hashed_normal(batch.keys, (count,), stream=_BLUR).to(wanted) @ (wanted - wanted.mean(dim=0)) / count**0.5
         return functional.normalize(wanted + self.fit.text_noise * blur, dim=1)

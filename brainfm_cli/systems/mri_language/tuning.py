@@ -288,12 +288,9 @@ def fit_segmenter(
 ) -> tuple[ScanSegmenter, TrainingResult]:
     """Fit the decoder on slices with and without lesions, and what ``tune`` says of a copy of the encoder; goes on from ``folder`` where it was killed."""
     adaptation, sequences = adaptation or AdaptationSettings(), sequences or SequenceSettings()
-    masked = np.concatenate([masked_rows(cohort, people.role(name)) for name in ("train", "validation")])
-    items, together = items_of(cohort, masked, together=sequences.together)
-    rows, held_out = (
-        balanced_rows(cohort, np.intersect1d(items, masked_rows(cohort, people.role(name))), seed=plan.seed)
-        for name in ("train", "validation")
-    )
+    masked = [masked_rows(cohort, people.role(name)) for name in ("train", "validation")]
+    items, together = items_of(cohort, np.concatenate(masked), together=sequences.together)
+    rows, held_out = (balanced_rows(cohort, np.intersect1d(items, mine), seed=plan.seed) for mine in masked)
     source = SliceBatches(
         cohort=cohort, rows=rows, validation_rows=held_out, batch_size=min(batch_size, max(2, len(rows))), seed=plan.seed, masks=True,
         together=together, hidden=sequences.hidden,
